@@ -1,0 +1,20 @@
+"""MLP on the breast-cancer table."""
+
+from research.data.bundled import BreastCancer
+from research.experiment import Experiment, Target
+from research.models.mlp import MLPConfig
+from research.optim import Optax, Optimizer
+from research.tasks import BinaryClassify
+
+
+def config() -> Experiment:
+    return Experiment(
+        model=MLPConfig(features=30, sizes=(64, 32, 1), dropout=0.2),
+        task=BinaryClassify(),
+        data=BreastCancer(),
+        optimizer=Optimizer(update=Optax("adamw", {"learning_rate": 1e-3, "weight_decay": 0.1})),
+        batch_size=32,
+        steps=600,
+        log_every=100,
+        target=Target(metric="accuracy", value=0.96, split="test"),
+    )

@@ -1,0 +1,1 @@
+"""Baselines and measurements printed beside the neural models."""

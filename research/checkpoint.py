@@ -1,0 +1,92 @@
+"""Checkpoints by Orbax: asynchronous, atomic, restored onto any placement; and stop signals."""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The checkpoints of a run, numbered by step. A context manager: leaving it waits for saves."""
+
+    def __init__(self, path: pathlib.Path, keep: int) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(path.resolve(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, seconds: float) -> None:
+        """Copies the arrays to the host, and returns while they are written.
+
+        state: a dataclass of pytrees; seconds: what the run has spent in steps.
+        """
+        if step not in self._manager.all_steps():
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(_fields(state)),
+                progress=ocp.args.JsonSave({"seconds": seconds}),
+            )
+            self._manager.save(step, args=args)
+
+    def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, float]:
+        """The state saved at a step, each array placed by its sharding, and its seconds."""
+        target = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_fields(target)), progress=ocp.args.JsonRestore()
+        )
+        found = self._manager.restore(step, args=args)
+        return dataclasses.replace(abstract, **found.state), found.progress["seconds"]
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    """Only what is there: Orbax refuses a tree without leaves."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
+
+
+class Stop:
+    """Whether the process was asked to stop; `signal` is the signal's number, or 0."""
+
+    signal: int = 0
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Stop]:
+    """Turns the first SIGTERM or SIGINT (a preempted machine, Ctrl-C) into a flag.
+
+    The loop can then save and leave between two steps; a second signal acts as usual.
+    """
+    stop = Stop()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+    with contextlib.suppress(ValueError):  # not the main thread: signals are not ours to take
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

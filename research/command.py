@@ -1,0 +1,183 @@
+"""The command line: a config file or JSON, overrides over its dataclasses, errors of one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+
+from research import UserError
+from research import experiment as experiments
+from research.experiment import Experiment
+
+T = TypeVar("T")
+
+Overrides = Annotated[
+    Experiment,
+    tyro.conf.arg(name=""),
+    tyro.conf.configure(tyro.conf.FlagConversionOff),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every script that takes a config has; a script adds its own fields."""
+
+    config: tyro.conf.Positional[str]
+    """A file whose config() returns an Experiment, or a run's config.json."""
+    experiment: Overrides
+    allow: tuple[str, ...] = ()
+    """Further packages whose classes a config.json may name."""
+
+
+def load(path: str | pathlib.Path, allow: Sequence[str] = ()) -> Experiment:
+    """The experiment of a config file (.py) or of a config.json.
+
+    Raises UserError for a file that is absent, broken, or not a config.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        near = [str(p) for p in path.parent.glob("*.py") if p.stem != "__init__"]
+        raise UserError(f"no config at {path}{experiments.did_you_mean(str(path), near)}")
+    if path.suffix == ".json":
+        try:
+            found = experiments.from_json(json.loads(path.read_text()), allow)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    elif path.suffix == ".py":
+        module = _module(path)
+        if not callable(getattr(module, "config", None)):
+            raise UserError(f"{path} has no function config() that returns an Experiment")
+        found = module.config()
+    else:
+        raise UserError(f"{path} is neither a .py config nor a .json")
+    if not isinstance(found, Experiment):
+        raise UserError(f"{path} gives a {type(found).__name__}, not an Experiment")
+    return found
+
+
+def name(path: str) -> str:
+    """What a config's runs are called: its file's name, or its run directory's."""
+    where = pathlib.Path(path)
+    return where.resolve().parent.name if where.name == "config.json" else where.stem
+
+
+def _module(path: pathlib.Path) -> Any:
+    """Imports a config under its dotted name below the current folder, so that JSON can name it."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    with contextlib.suppress(ValueError):
+        parts = path.resolve().relative_to(pathlib.Path.cwd()).with_suffix("").parts
+        if all(part.isidentifier() for part in parts):
+            return importlib.import_module(".".join(parts))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(options: type[T], argv: Sequence[str] | None = None, usage: str | None = None) -> T:
+    """Parses `script CONFIG [--field value ...]` into `options`, a subclass of `Options`.
+
+    A mistake of the user's ends the process with one line on stderr and status 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0].startswith("-"):
+        if argv[:1] in (["-h"], ["--help"]):
+            print(f"{usage}\n\nwith a CONFIG before it, --help lists its fields and their defaults")
+            sys.exit(0)
+        fail(f"the first argument must be a config; {usage}")
+    with one_line_errors():
+        default = load(argv[0], _values_of("--allow", argv))
+    given: dict[str, Any] = {"config": argv[0], "experiment": default}
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(
+                options,
+                args=argv,
+                default=options(**given),
+                description=usage,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+            )
+    except SystemExit as error:
+        if error.code == 0:
+            raise
+        fail(_one_line(stderr.getvalue()))
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
+
+
+def _values_of(flag: str, argv: Sequence[str]) -> list[str]:
+    """The values after a flag, read before the real parse because loading a JSON needs them."""
+    values: list[str] = []
+    for i, arg in enumerate(argv):
+        if arg == flag:
+            values += itertools.takewhile(lambda v: not v.startswith("-"), argv[i + 1 :])
+    return values
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed error as one line: its message, and the nearest option it knows."""
+    lines = [line.strip("│|╭╮╰╯ ") for line in box.splitlines()[1:-1]]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if set(line) <= set("─-"):
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    message = " ".join(sections[0])
+    unknown = re.match(r"Unrecognized options: (\S+?)(,|$)", message)
+    if unknown:
+        name = unknown[1]
+        known = re.findall(r"(--[\w.-]+)", "\n".join(sum(sections[1:-1], [])))
+        return f"unknown field {name}{_nearest(name, known)}"
+    message = re.sub(r"^Error parsing( experiment)?:? ", "", message)
+    return re.sub(r"\s+", " ", message)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return (
+        f"; did you mean {close[0].replace('-', '_').replace('__', '--', 1)}?"
+        if close
+        else "; --help lists them"
+    )
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with one line where the block raises what a user can mend.
+
+    Any other error keeps its traceback: it is a defect, here or in the researcher's own model.
+    ERGON_TRACEBACK=1 shows the traceback of these, too.
+    """
+    try:
+        yield
+    except (UserError, FloatingPointError) as error:
+        if os.environ.get("ERGON_TRACEBACK"):
+            raise
+        fail(" ".join(str(error).split()))
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,43 @@
+"""What a run ran on: versions, devices, the source's revision."""
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ergon")
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processes": jax.process_count(),
+        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "revision": revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def revision() -> str | None:
+    """The commit of this source, with "+changes" where files differ from it; None outside git."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*args: str) -> str:
+        result = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + ("+changes" if git("status", "--porcelain") else "")

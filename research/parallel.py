@@ -1,0 +1,94 @@
+"""Where arrays live: the mesh, placement rules for parameters, placement of batches."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from annotated_types import Ge
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research import UserError
+
+Rules = Sequence[tuple[str, P]]
+"""(regex on a parameter's path, its spec): the first match wins."""
+
+BATCH = P(("data", "fsdp"))
+"""Every array of a batch is split over its first axis."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """The sizes of the mesh's axes; their product is the number of devices."""
+
+    data: Annotated[int, Ge(1)] | None = None
+    """Copies of the model; None: all the devices that `fsdp` leaves."""
+    fsdp: Annotated[int, Ge(1)] = 1
+    """Devices over which parameters and optimizer state are split."""
+
+    def mesh(self, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all of them).
+
+        Raises UserError where the axes do not multiply to the number of devices, or do not divide
+        the batch.
+        """
+        devices = jax.devices() if devices is None else devices
+        data = self.data or max(len(devices) // self.fsdp, 1)
+        if data * self.fsdp != len(devices):
+            raise UserError(
+                f"parallel: data {data} x fsdp {self.fsdp} = {data * self.fsdp}, "
+                f"and there are {len(devices)} devices"
+            )
+        if batch_size % len(devices):
+            near = batch_size // len(devices) * len(devices)
+            nearest = [n for n in (near, near + len(devices)) if n]
+            raise UserError(
+                f"batch_size {batch_size} does not divide over {len(devices)} devices; "
+                f"nearest that do: {', '.join(map(str, nearest))}"
+            )
+        types = (AxisType.Auto, AxisType.Auto)
+        return jax.make_mesh((data, self.fsdp), ("data", "fsdp"), types, devices=devices)
+
+
+def place(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+    """A NamedSharding for each array of a tree of shapes.
+
+    An array that no rule matches is split over `fsdp` along the largest axis that divides, and
+    otherwise replicated. A spec shorter than an array's rank is aligned to its last axes, so that
+    one rule serves a layer by itself and a stack of them.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, P(*[None] * (leaf.ndim - len(spec)), *spec))
+        return NamedSharding(mesh, _fsdp(leaf.shape, mesh.shape["fsdp"]))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def _fsdp(shape: tuple[int, ...], size: int) -> P:
+    divisible = [(n, -i) for i, n in enumerate(shape) if n % size == 0 and n >= size]
+    if size == 1 or math.prod(shape) < 2 * size or not divisible:
+        return P()
+    axis = -max(divisible)[1]
+    return P(*[None] * axis, "fsdp")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batched(mesh: Mesh) -> NamedSharding:
+    """Split over the first axis, as batches are."""
+    return NamedSharding(mesh, BATCH)
+
+
+def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's share of a batch, as global arrays split over the mesh."""
+    return {k: jax.make_array_from_process_local_data(batched(mesh), v) for k, v in batch.items()}

@@ -1,0 +1,165 @@
+"""Learning curves of one or more runs, drawn from their `metrics.jsonl`."""
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+# Okabe and Ito's colours, told apart by colour-blind readers; without yellow, faint on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_XLABELS = {"step": "training steps", "seconds": "training time (s)"}
+_UNITS = {"accuracy": "accuracy (fraction correct)"}
+
+
+def curves(
+    runs: Sequence[Path],
+    out: Path,
+    metrics: Sequence[str] | None = None,
+    x: Literal["step", "seconds"] = "step",
+) -> Path:
+    """Draw one panel per metric with a line per run; return `out`.
+
+    Evaluation splits are solid lines (dashed from the second one on), "train" is thin and pale.
+
+    Args:
+        runs: Run directories.
+        out: A `.png` or `.svg` file; its directory is created.
+        metrics: Panels, in order; by default the metrics all runs have, loss first, at most 6.
+        x: Horizontal axis: training steps or seconds.
+
+    Raises ValueError for another suffix, a run without rows, or a metric some run lacks.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(
+            f"{out}: cannot write {out.suffix or 'a file without suffix'}; use .png or .svg"
+        )
+    if x not in _XLABELS:
+        raise ValueError(f"x is {x!r}; use 'step' or 'seconds'")
+    runs = list({Path(run).resolve(): Path(run) for run in runs}.values())
+    if not runs:
+        raise ValueError("no runs to plot; give at least one run directory")
+    series = [_read(run, x) for run in runs]
+    panels = list(metrics or _shared(series))
+    for run, lines in zip(runs, series, strict=True):
+        known = sorted({metric for metric, _ in lines})
+        for metric in panels:
+            if metric not in known:
+                close = difflib.get_close_matches(metric, known, 1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ValueError(f"{run}: no metric {metric!r}; {hint}it has {', '.join(known)}")
+    if not panels:
+        raise ValueError("the runs share no metric; plot them one at a time")
+
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    down = math.ceil(len(panels) / columns)
+    names = [name.replace("$", r"\$") for name in _names(runs)]
+    width = 4.2 * columns + 0.4
+    across = max(1, min(len(names), int(width / (0.085 * max(map(len, names)) + 0.6))))
+    height = 2.9 * down + 0.22 * math.ceil(len(names) / across) + 0.6
+    splits = sorted(
+        {split for lines in series for _, split in lines}, key=lambda s: (s != "train", s)
+    )
+    styles = itertools.cycle(_STYLES)
+    drawn: dict[str, dict[str, Any]] = {
+        split: {"linewidth": 0.9, "alpha": 0.5, "zorder": 2}
+        if split == "train"
+        else {"linewidth": 1.8, "linestyle": next(styles), "zorder": 3}
+        for split in splits
+    }
+    # Text stays text in an SVG: searchable, and set in the reader's font.
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure = Figure(figsize=(width, height))
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
+        axes = figure.subplots(down, columns, squeeze=False).flat
+        for axis, metric in itertools.zip_longest(axes, panels):
+            if metric is None:
+                axis.set_axis_off()
+                continue
+            for colour, lines in zip(_colours(len(runs)), series, strict=True):
+                for (found, split), (xs, ys) in lines.items():
+                    if found == metric:
+                        marker = "o" if len(xs) == 1 else None
+                        axis.plot(xs, ys, color=colour, marker=marker, **drawn[split])
+            axis.set_xlabel(_XLABELS[x])
+            axis.set_ylabel(_UNITS.get(metric, metric).replace("$", r"\$"))
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=x == "step"))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.grid(color="0.9", linewidth=0.6)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+        keys = [
+            Line2D([], [], color=c, linewidth=1.8, label=name)
+            for c, name in zip(_colours(len(runs)), names, strict=True)
+        ]
+        figure.legend(keys, names, loc="outside lower center", ncols=across, frameon=False)
+        keys = [Line2D([], [], color="0.3", **drawn[split]) for split in splits]
+        figure.legend(keys, splits, loc="outside upper right", ncols=len(keys), frameon=False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+    return out
+
+
+def _read(run: Path, x: str) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Points (x, y) by metric and split."""
+    path = run / "metrics.jsonl"
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such directory; give the run directory of a training run")
+    if not path.is_file():
+        raise ValueError(f"{run}: no metrics.jsonl; give the run directory of a training run")
+    *lines, tail = path.read_text("utf-8", errors="replace").split("\n")
+    points: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for number, line in enumerate([*lines, tail], 1):
+        try:
+            row = json.loads(line)
+            at, split = float(row[x]), str(row["split"])
+            values = {k: float(v) for k, v in row.items() if k not in ("step", "split", "seconds")}
+        except (ValueError, KeyError, TypeError):
+            if number > len(lines):  # cut short by a killed process
+                continue
+            raise ValueError(f"{path}, line {number}: not a metrics row") from None
+        for metric, value in values.items():
+            xs, ys = points.setdefault((metric, split), ([], []))
+            xs.append(at)
+            ys.append(value)
+    if not points:
+        raise ValueError(f"{path}: no metrics yet; let the run write a row first")
+    return points
+
+
+def _shared(series: Sequence[dict[tuple[str, str], Any]]) -> list[str]:
+    found = [dict.fromkeys(metric for metric, _ in lines) for lines in series]
+    shared = [metric for metric in found[0] if all(metric in other for other in found)]
+    return sorted(shared, key=lambda metric: metric != "loss")[:6]
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Each run's shortest trailing path that no other run has."""
+    paths = [run.resolve().parts for run in runs]
+    return [
+        str(
+            Path(
+                *next(
+                    mine[-k:]
+                    for k in itertools.count(1)
+                    if sum(other[-k:] == mine[-k:] for other in paths) == 1
+                )
+            )
+        )
+        for mine in paths
+    ]
+
+
+def _colours(count: int) -> list[Any]:
+    if count <= len(_COLOURS):
+        return list(_COLOURS[:count])
+    return list(matplotlib.colormaps["viridis"]([i / count for i in range(count)]))

@@ -1,0 +1,188 @@
+"""The run directory: what a run leaves behind, and what a continued run may change.
+
+config.json  environment.json  metrics.jsonl  log.txt  tensorboard/  checkpoints/  summary.json
+table.txt
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from research import UserError, record
+from research import experiment as experiments
+from research.environment import environment
+from research.experiment import Experiment, Target
+from research.record import Recorder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A finished run in one row."""
+
+    name: str
+    parameters: int
+    data: str
+    step: int
+    early: bool
+    """Whether early stopping ended it."""
+    metrics: dict[str, dict[str, float]]
+    """By split: the metrics of the parameters after the last step."""
+    seconds: float
+    """In steps, over all sessions of the run."""
+    steps_per_second: float | None
+    """Of the last session; None where it took no step."""
+    apart: dict[str, float]
+    """Seconds of the last session outside steps: compile, evaluate, save."""
+    flops_per_step: float | None
+    """XLA's count for one device, elementwise operations included; None: unavailable."""
+    target: str | None = None
+    reached: float | None = None
+    """The target metric's value."""
+    met: bool | None = None
+
+
+def check(workdir: pathlib.Path, new: Experiment, fingerprint: str) -> list[str]:
+    """What a run continued in `workdir` changes, as lines for its log; creates nothing.
+
+    Raises UserError, naming the field, where a change would make it another run, and where the
+    folder holds something else than a run.
+    """
+    if not workdir.exists():
+        return []
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is a file, not a run directory")
+    if not (workdir / "config.json").exists():
+        if any(workdir.iterdir()):
+            raise UserError(f"{workdir} is not empty and holds no config.json: not a run directory")
+        return []
+    before, after = read(workdir, "config.json"), experiments.to_json(new)
+    for path, (was, now) in experiments.refusals(before, after).items():
+        raise UserError(
+            f"{workdir} was trained with {path} = {json.dumps(was)}, and this asks for "
+            f"{json.dumps(now)}: give another --workdir, or the same {path}"
+        )
+    trained_on = read(workdir, "environment.json")["data"]
+    if trained_on != fingerprint:
+        raise UserError(
+            f"{workdir} was trained on data {trained_on[:12]}, and the data is now "
+            f"{fingerprint[:12]}: the files, or the Python that ships them, have changed"
+        )
+    changed = experiments.changes(before, after).items()
+    return [f"continued with {path} = {now}, before {was}" for path, (was, now) in changed]
+
+
+def read(workdir: pathlib.Path, name: str) -> Any:
+    """A JSON file of a run. Raises UserError where there is none, or it is broken."""
+    path = workdir / name
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a run directory: it has no {name}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def write(workdir: pathlib.Path, name: str, text: str) -> None:
+    """Replaces a file of a run in one step, so that no half of it is ever seen."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / f".{name}.new"
+    temporary.write_text(text)
+    os.replace(temporary, workdir / name)
+
+
+def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str) -> None:
+    """Writes what is known before the first step."""
+    if jax.process_index() == 0:
+        about = environment() | {"seed": experiment.seed, "data": fingerprint}
+        write(workdir, "config.json", experiments.dumps(experiment))
+        write(workdir, "environment.json", json.dumps(about, indent=2) + "\n")
+
+
+def recorder(workdir: pathlib.Path, e: Experiment, step: int, flops: float | None) -> Recorder:
+    """The run's recorder, from a step on; rows of later steps, of a crash, are dropped."""
+    first = jax.process_index() == 0
+    if first:
+        record.truncate(workdir, step)
+    return Recorder(
+        workdir,
+        total_steps=e.steps,
+        start_step=step,
+        tracker=e.tracker,
+        name=workdir.name,
+        config=experiments.to_json(e),
+        flops_per_step=flops,
+        enabled=first,
+    )
+
+
+def finished(workdir: pathlib.Path, e: Experiment) -> Summary | None:
+    """The summary of a run that already has all its steps and evaluations, or None."""
+    if not (workdir / "summary.json").exists():
+        return None
+    summary = Summary(**read(workdir, "summary.json"))
+    if summary.step > e.steps:
+        raise UserError(
+            f"{workdir} is already at step {summary.step}, past steps = {e.steps}: "
+            "give another --workdir"
+        )
+    done = summary.step == e.steps or (summary.early and e.early_stop.patience is not None)
+    if not done or not set(e.final_splits) <= set(summary.metrics):
+        return None
+    return finish(workdir, summary, e.target)
+
+
+def finish(workdir: pathlib.Path, summary: Summary, target: Target | None) -> Summary:
+    """Judges a run against its target, and writes its summary and table."""
+    summary = judge(summary, target)
+    if jax.process_index() == 0:
+        text = json.dumps(dataclasses.asdict(summary), indent=2, allow_nan=False)
+        write(workdir, "summary.json", text + "\n")
+        write(workdir, "table.txt", table([summary]) + "\n")
+    return summary
+
+
+def judge(summary: Summary, target: Target | None) -> Summary:
+    """The summary, judged against a target on metrics it already holds."""
+    if target is None:
+        return dataclasses.replace(summary, target=None, reached=None, met=None)
+    value = summary.metrics[target.split][target.metric]
+    return dataclasses.replace(summary, target=str(target), reached=value, met=target.met(value))
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """Runs side by side, as text."""
+    head = ("model", "parameters", "data", "target", "reached", "", "seconds", "steps/s", "FLOPs/step")
+    rows = [head, *map(_row, summaries)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    left = {0, 2, 3, 5}
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _row(s: Summary) -> tuple[str, ...]:
+    rate = "unavailable" if s.steps_per_second is None else f"{s.steps_per_second:.4g}"
+    flops = "unavailable" if s.flops_per_step is None else f"{s.flops_per_step:.4g}"
+    reached = "" if s.reached is None else f"{s.reached:.4f}"
+    verdict = "" if s.met is None else "met" if s.met else "MISSED"
+    return (
+        s.name,
+        f"{s.parameters:,}",
+        s.data,
+        s.target or "none",
+        reached,
+        verdict,
+        f"{s.seconds:.1f}",
+        rate,
+        flops,
+    )

@@ -1,0 +1,161 @@
+"""An experiment made ready to run: checked against its data, traced in outline, placed."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from research import UserError, evaluate, parallel, train
+from research.data import splits
+from research.experiment import Experiment, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Setup:
+    """Everything that training, evaluation and the ledger share; no parameter exists yet."""
+
+    experiment: Experiment
+    splits: Mapping[str, splits.Split]
+    fingerprint: str
+    batch_size: int
+    mesh: Mesh
+    graph: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    carries: bool
+    """Whether rows continue from batch to batch, and the model with them."""
+
+    @functools.cached_property
+    def root(self) -> jax.Array:
+        """The key that parameters, and each step's dropout, are derived from."""
+        key = jax.random.key(self.experiment.seed)
+        return jax.device_put(key, parallel.replicated(self.mesh))
+
+    @functools.cached_property
+    def abstract(self) -> train.State:
+        return jax.eval_shape(functools.partial(train.init, self), self.root)
+
+    @functools.cached_property
+    def shardings(self) -> train.State:
+        placed = parallel.place(self.abstract, self.mesh)
+        carry = jax.tree.map(lambda _: parallel.batched(self.mesh), self.abstract.carry)
+        return dataclasses.replace(placed, carry=carry)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.size for p in jax.tree.leaves(self.abstract.params))
+
+    def initial(self) -> train.State:
+        """The state before the first step, every array made where it belongs."""
+        init = jax.jit(functools.partial(train.init, self), out_shardings=self.shardings)
+        return init(self.root)
+
+    def step(self) -> Any:
+        """The jitted step: (state, batch, root) -> (state, metrics); the state is donated."""
+        step = functools.partial(train.train_step, self)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def example(self) -> tuple[train.State, dict[str, jax.Array], jax.Array]:
+        """Arguments to lower `step` with: the state as shapes, a real batch, the root key."""
+        batch = self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
+        state = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            self.abstract,
+            self.shardings,
+        )
+        return state, parallel.put(batch, self.mesh), self.root
+
+    def judge(self, state: train.State, metrics: Mapping[str, float]) -> train.State:
+        """The state after early stopping has seen an evaluation."""
+        if state.stop is None:
+            return state
+        stop = self.experiment.early_stop.after(jax.device_get(state.stop), metrics)
+        return dataclasses.replace(state, stop=jax.device_put(stop, self.shardings.stop))
+
+    @functools.cached_property
+    def _evaluator(self) -> evaluate.Evaluator:
+        return evaluate.Evaluator(self.graph, self.experiment.task, self.mesh)
+
+    def evaluate(self, state: train.State, split: str) -> dict[str, dict[str, float]]:
+        """Metrics by row: `split`, and "`split`_ema" where parameters are averaged.
+
+        Raises UserError for a split that the data does not have.
+        """
+        rows = {split: state.params} | ({} if state.ema is None else {f"{split}_ema": state.ema})
+        examples = find(self.splits, split)
+        return {
+            row: self._evaluator(params, state.model_state, state.carry, examples, self.batch_size)
+            for row, params in rows.items()
+        }
+
+
+def prepare(experiment: Experiment) -> Setup:
+    """Reads the data, builds the mesh and traces the model on a batch, computing nothing.
+
+    Raises UserError where data, model, task and devices do not fit one another.
+    """
+    data = experiment.data.load()
+    for split in ("train", *experiment.final_splits):
+        find(data, split)
+    batch_size = experiment.batch_size or len(data["train"])
+    data["train"].check(batch_size)
+    mesh = experiment.parallel.mesh(batch_size)
+    batch = data["train"].batch(0, batch_size, experiment.seed)
+    model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
+    carries = "reset" in batch
+    if carries and not hasattr(model, "initial_carry"):
+        raise UserError(
+            f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
+            "no state between batches (it has no initial_carry): set data.stream to False"
+        )
+    setup = Setup(
+        experiment=experiment,
+        splits=data,
+        fingerprint=splits.fingerprint(data),
+        batch_size=batch_size,
+        mesh=mesh,
+        graph=nnx.graphdef(model),
+        optimizer=experiment.optimizer.make(),
+        carries=carries,
+    )
+    outputs, metrics = _trace(setup, batch)
+    for field, wanted in experiment.watched.items():
+        if wanted not in metrics:
+            raise UserError(f"{field}: no metric {wanted!r}{did_you_mean(wanted, metrics)}")
+    for name, split in data.items():
+        try:
+            experiment.task.check(outputs, split.arrays())
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return setup
+
+
+def _trace(setup: Setup, batch: splits.Batch) -> tuple[jax.ShapeDtypeStruct, list[str]]:
+    """The shape of what the model gives for a batch, and the names of the task's metrics."""
+    task = setup.experiment.task
+
+    def call(state: train.State, batch: Any) -> Any:
+        model = nnx.merge(setup.graph, state.params, state.model_state, copy=True)
+        model.eval()
+        return task.outputs(model, batch, None, state.carry)[0]
+
+    try:
+        outputs = jax.eval_shape(call, setup.abstract, batch)
+    except (TypeError, ValueError) as error:
+        given = batch["inputs"]
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the model does not take the data's inputs, {given.dtype}{list(given.shape)}: {reason}"
+        ) from error
+    metrics = jax.eval_shape(task.score, outputs, batch)
+    return outputs, list(task.summary(dict.fromkeys(metrics, 1.0)))
+
+
+def find(data: Mapping[str, splits.Split], split: str) -> splits.Split:
+    if split not in data:
+        raise UserError(f"the data has no split {split!r}{did_you_mean(split, list(data))}")
+    return data[split]

@@ -1,0 +1,197 @@
+"""Training: `State`, `train_step` and the loop, `train`."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from research import checkpoint, compute, parallel, run, timing
+from research.data import splits
+from research.evaluate import mean
+from research.tasks import Mean
+
+if TYPE_CHECKING:
+    from research.setup import Setup
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+    """All that continues a run: pytrees of arrays, None for what was not asked for."""
+
+    step: Any
+    """int32: updates done."""
+    params: Any
+    model_state: Any
+    """The module's other variables, such as running statistics."""
+    opt_state: Any
+    carry: Any
+    """A recurrent model's state between batches, split over devices as they are."""
+    ema: Any
+    """The moving average of the parameters."""
+    stop: Any
+    """Early stopping: the best value so far, and the evaluations since."""
+
+
+def init(setup: "Setup", root: jax.Array) -> State:
+    """The state before the first step; traced, so that every array is made where it belongs."""
+    e = setup.experiment
+    model = e.model.make(nnx.Rngs(params=root))
+    params, model_state = map(nnx.to_pure_dict, nnx.split(model, nnx.Param, ...)[1:])
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=setup.optimizer.init(params),
+        carry=model.initial_carry(setup.batch_size) if setup.carries else None,
+        ema=None if e.ema is None else jax.tree.map(jnp.copy, params),
+        stop=None if e.early_stop.patience is None else e.early_stop.start(),
+    )
+
+
+def train_step(
+    setup: "Setup", state: State, batch: Any, root: jax.Array
+) -> tuple[State, dict[str, Any]]:
+    """One update: (state, batch, root key) -> (the next state, the metrics of the batch)."""
+    e = setup.experiment
+    key = jax.random.fold_in(root, state.step)
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        model = nnx.merge(setup.graph, params, state.model_state, copy=True)
+        model.train()
+        loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), state.carry)
+        model_state = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
+
+    grads, (metrics, model_state, carry) = jax.grad(loss_of, has_aux=True)(state.params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if e.ema is not None:
+            ema = optax.incremental_update(params, ema, 1 - e.ema)
+    rate = e.optimizer.learning_rate(state.step)
+    known = {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
+    metrics |= {k: Mean(v, jnp.ones(())) for k, v in known.items() if v is not None}
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        carry=carry,
+        ema=ema,
+    )
+    return state, metrics
+
+
+def train(setup: "Setup", workdir: pathlib.Path, profile: int = 0) -> run.Summary:
+    """Trains in a run directory, from its newest checkpoint where it has one.
+
+    profile: steps to trace for xprof, after two that warm up. Raises UserError before anything
+    is created where `workdir` holds another run, and FloatingPointError where the loss is not
+    finite. On SIGTERM or SIGINT it saves and raises SystemExit.
+    """
+    e = setup.experiment
+    news = run.check(workdir, e, setup.fingerprint)
+    if finished := run.finished(workdir, e):
+        return finished
+    run.start(workdir, e, setup.fingerprint)
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", e.keep))
+        start, before = saved.latest() or 0, 0.0
+        clock = timing.Clock()
+        with clock.aside("compile"):
+            step_fn = setup.step().lower(*setup.example()).compile()
+            state = setup.initial()
+        if start:
+            state, before = saved.restore(start, setup.abstract, setup.shardings)
+        flops = compute.xla_flops(step_fn)
+        log = stack.enter_context(run.recorder(workdir, e, start, flops))
+        trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
+        asked = stack.enter_context(checkpoint.stop_requested())
+        for line in news:
+            log.message(line)
+
+        def report(step: int, metrics: Any) -> None:
+            values = mean([jax.device_get(metrics)])
+            clock.lap()
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"the loss is {values['loss']} at step {step}")
+            log.progress(step, values["loss"])
+            if step % e.log_every == 0:
+                log.write(step, "train", e.task.summary(values), before + clock.seconds)
+
+        def evaluate(step: int, state: State, split: str) -> dict[str, dict[str, float]]:
+            with clock.aside("evaluate"):
+                found = setup.evaluate(state, split)
+            for name, values in found.items():
+                log.write(step, name, values, before + clock.seconds)
+            return found
+
+        def save(step: int, state: State) -> None:
+            with clock.aside("save"):
+                saved.save(step, state, before + clock.seconds)
+
+        step, pending, evaluated = start, None, (-1, {})
+        over = e.early_stop.over(state.stop)
+        stop = start if over else e.steps
+        batches = splits.training(setup.splits["train"], setup.batch_size, e.seed, start, stop)
+        clock.restart()
+        for step, batch in enumerate(batches, start + 1):
+            trace.before()
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, parallel.put(batch, setup.mesh), setup.root)
+                if pending is not None:
+                    report(*pending)  # of the step before, while this one runs
+            pending = step, metrics
+            trace.after(metrics)
+            to_evaluate, to_save = due(step, e.eval_every), due(step, e.save_every)
+            if not (to_evaluate or to_save or asked.signal):
+                continue
+            report(*pending)
+            pending = None
+            if to_evaluate:
+                evaluated = step, evaluate(step, state, e.eval_split)
+                state = setup.judge(state, evaluated[1][e.eval_split])
+                over = e.early_stop.over(state.stop)
+            if to_save or asked.signal:
+                save(step, state)
+            if asked.signal:
+                log.message(f"stopped by signal {asked.signal} at step {step}; saved")
+                raise SystemExit(128 + asked.signal)
+            if over:
+                log.message(f"stopped early at step {step}")
+                break
+        if pending is not None:
+            report(*pending)
+        save(step, state)
+        final = evaluated[1] if evaluated[0] == step else {}
+        for split in e.final_splits:
+            if split not in final:
+                final |= evaluate(step, state, split)
+    trained = step - start
+    summary = run.Summary(
+        name=workdir.name,
+        parameters=setup.parameters,
+        data=type(e.data).__name__,
+        step=step,
+        early=bool(over),
+        metrics=final,
+        seconds=before + clock.seconds,
+        steps_per_second=trained / clock.seconds if trained else None,
+        apart=clock.apart,
+        flops_per_step=flops,
+    )
+    return run.finish(workdir, summary, e.target)
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+

@@ -1,0 +1,38 @@
+"""Trains an experiment in a run directory, or continues it."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated
+
+import tyro
+
+from research import command, run, setup, train
+
+USAGE = "python scripts/train.py CONFIG [--workdir DIR] [--field value ...]"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(command.Options):
+    workdir: pathlib.Path | None = None
+    """The run directory; None: runs/ and the config's name."""
+    profile: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Write an xprof trace of N steps into the run directory."""
+    require_target: bool = False
+    """Exit with status 1 where the run misses its target."""
+
+
+def main() -> None:
+    options = command.parse(Options, usage=USAGE)
+    workdir = options.workdir or pathlib.Path("runs") / command.name(options.config)
+    with command.one_line_errors():
+        summary = train.train(setup.prepare(options.experiment), workdir, options.profile)
+    print(run.table([summary]))
+    if summary.met is False:
+        print(f"{workdir} missed its target: {summary.target}, reached {summary.reached:.4f}")
+        if options.require_target:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
