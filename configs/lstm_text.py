@@ -9,7 +9,7 @@ from research.tasks import NextToken
 
 def config() -> Experiment:
     vocab = len(PythonReference.alphabet())
-    steps = 6000
+    steps = 3000
     rate = {
         "init_value": 0.0,
         "peak_value": 4e-3,
@@ -18,9 +18,7 @@ def config() -> Experiment:
         "end_value": 1e-4,
     }
     return Experiment(
-        model=LSTMConfig(
-            vocab=vocab, features=64, width=256, layers=2, dropout=0.2, outputs=vocab
-        ),
+        model=LSTMConfig(vocab=vocab, features=64, width=256, layers=2, dropout=0.2, outputs=vocab),
         task=NextToken(),
         data=PythonReference(length=64, stream=True),
         optimizer=Optimizer(

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from research import UserError
+
 
 class Checkpoints:
     """The checkpoints of a run, numbered by step. A context manager: leaving it waits for saves."""
 
-    def __init__(self, path: pathlib.Path, keep: int) -> None:
+    def __init__(self, path: pathlib.Path, keep: int | None) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(path.resolve(), options=options)
 
@@ -56,6 +58,25 @@ class Checkpoints:
         return dataclasses.replace(abstract, **found.state), found.progress["seconds"]
 
 
+def read(path: pathlib.Path, step: int | None, abstract: Any, shardings: Any) -> tuple[int, Any]:
+    """The step and the state of a run's checkpoint, the newest by default.
+
+    Raises UserError where there is none, naming those there are.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path.parent} has no checkpoints yet")
+    with Checkpoints(path, keep=None) as saved:
+        steps = saved.steps()
+        if not steps:
+            raise UserError(f"{path.parent} has no checkpoints yet")
+        if step is not None and step not in steps:
+            raise UserError(
+                f"no checkpoint of step {step}; there are: {', '.join(map(str, steps))}"
+            )
+        step = steps[-1] if step is None else step
+        return step, saved.restore(step, abstract, shardings)[0]
+
+
 def _fields(state: Any) -> dict[str, Any]:
     """Only what is there: Orbax refuses a tree without leaves."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
@@ -83,8 +104,8 @@ def stop_requested() -> Iterator[Stop]:
             signal.signal(n, handler)
 
     with contextlib.suppress(ValueError):  # not the main thread: signals are not ours to take
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handle)
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            previous[caught] = signal.signal(caught, handle)
     try:
         yield stop
     finally:

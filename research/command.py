@@ -63,7 +63,10 @@ def load(path: str | pathlib.Path, allow: Sequence[str] = ()) -> Experiment:
         module = _module(path)
         if not callable(getattr(module, "config", None)):
             raise UserError(f"{path} has no function config() that returns an Experiment")
-        found = module.config()
+        try:
+            found = module.config()
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
     else:
         raise UserError(f"{path} is neither a .py config nor a .json")
     if not isinstance(found, Experiment):
@@ -94,30 +97,29 @@ def _module(path: pathlib.Path) -> Any:
     return module
 
 
-def parse(options: type[T], argv: Sequence[str] | None = None, usage: str | None = None) -> T:
-    """Parses `script CONFIG [--field value ...]` into `options`, a subclass of `Options`.
+def parse(options: type[T], usage: str, argv: Sequence[str] | None = None) -> T:
+    """Parses a command line into `options`, a dataclass.
 
-    A mistake of the user's ends the process with one line on stderr and status 2.
+    A subclass of `Options` takes `CONFIG [--field value ...]`, its defaults being the config's. A
+    mistake of the user's ends the process with one line on stderr and status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0].startswith("-"):
-        if argv[:1] in (["-h"], ["--help"]):
-            print(f"{usage}\n\nwith a CONFIG before it, --help lists its fields and their defaults")
+    default: Any = tyro.MISSING_NONPROP
+    if issubclass(options, Options):
+        if not argv or argv[0].startswith("-"):
+            if argv[:1] not in (["-h"], ["--help"]):
+                fail(f"the first argument must be a config: {usage}")
+            print(f"usage: {usage}\nCONFIG --help lists its fields and their defaults")
             sys.exit(0)
-        fail(f"the first argument must be a config; {usage}")
-    with one_line_errors():
-        default = load(argv[0], _values_of("--allow", argv))
-    given: dict[str, Any] = {"config": argv[0], "experiment": default}
+        with one_line_errors():
+            experiment = load(argv[0], _values_of("--allow", argv))
+        given: dict[str, Any] = {"config": argv[0], "experiment": experiment}
+        default = options(**given)
+    flags = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(
-                options,
-                args=argv,
-                default=options(**given),
-                description=usage,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
-            )
+            return tyro.cli(options, args=argv, default=default, description=usage, config=flags)
     except SystemExit as error:
         if error.code == 0:
             raise
@@ -137,18 +139,13 @@ def _values_of(flag: str, argv: Sequence[str]) -> list[str]:
 
 def _one_line(box: str) -> str:
     """tyro's boxed error as one line: its message, and the nearest option it knows."""
-    lines = [line.strip("│|╭╮╰╯ ") for line in box.splitlines()[1:-1]]
-    sections: list[list[str]] = [[]]
-    for line in lines:
-        if set(line) <= set("─-"):
-            sections.append([])
-        else:
-            sections[-1].append(line)
-    message = " ".join(sections[0])
+    lines = [line.strip("│|╭╮╰╯ ") for line in box.splitlines()[1:]]
+    parts = itertools.groupby(lines, key=lambda line: set(line) <= set("─-"))
+    message, *rest = (" ".join(lines) for border, lines in parts if not border)
     unknown = re.match(r"Unrecognized options: (\S+?)(,|$)", message)
     if unknown:
         name = unknown[1]
-        known = re.findall(r"(--[\w.-]+)", "\n".join(sum(sections[1:-1], [])))
+        known = re.findall(r"--[\w.-]+", " ".join(rest[:-1]))
         return f"unknown field {name}{_nearest(name, known)}"
     message = re.sub(r"^Error parsing( experiment)?:? ", "", message)
     return re.sub(r"\s+", " ", message)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import pathlib
 import platform
+import shutil
 import subprocess
 from typing import Any
 
@@ -30,7 +31,9 @@ def _version(package: str) -> str | None:
 
 
 def revision() -> str | None:
-    """The commit of this source, with "+changes" where files differ from it; None outside git."""
+    """The commit of this source, with "+changes" where files differ from it; None without git."""
+    if not shutil.which("git"):
+        return None
     here = pathlib.Path(__file__).parent
 
     def git(*args: str) -> str:

@@ -35,9 +35,7 @@ class Evaluator:
         """
         results = []
         for batch in splits.prefetched(split.evaluation(batch_size)):
-            metrics, carry = self.step(
-                params, model_state, carry, parallel.put(batch, self.mesh)
-            )
+            metrics, carry = self.step(params, model_state, carry, parallel.put(batch, self.mesh))
             results.append(metrics)
         return self.task.summary(mean(jax.device_get(results)))
 

@@ -48,6 +48,12 @@ class Task(Protocol):
 
     def __call__(self, model: Any, batch: Any, rngs: nnx.Rngs | None, carry: Any) -> Any: ...
 
+    def outputs(self, model: Any, batch: Any, rngs: nnx.Rngs | None, carry: Any) -> Any: ...
+
+    def score(self, outputs: Any, batch: Any) -> dict[str, Any]: ...
+
+    def check(self, outputs: Any, arrays: Mapping[str, np.ndarray]) -> None: ...
+
     def summary(self, means: dict[str, float]) -> dict[str, float]: ...
 
 
@@ -246,8 +252,10 @@ def from_json(value: Any, allow: Sequence[str] = (), path: str = "", hint: Any =
         fields = {k: from_json(v, allow, f"{path}{k}.", hints[k]) for k, v in given.items()}
         try:
             return cls(**fields)
-        except TypeError as error:
-            raise UserError(f"{path or 'experiment'}: {error}") from None
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path.rstrip('.') or 'experiment'}: {error}") from None
     if isinstance(value, dict):
         return {k: from_json(v, allow, f"{path}{k}.") for k, v in value.items()}
     if isinstance(value, list):

@@ -140,8 +140,8 @@ class Optimizer:
     """What turns gradients into steps: clip_value, then clip_norm, then `update`.
 
     Attributes:
-        update: the optimizer; its weight decay skips the parameters of `no_decay`, unless its own
-            mask argument is given.
+        update: the optimizer; its weight decay skips the parameters of `no_decay`, unless it is
+            given a mask of its own (None: nothing is skipped).
         clip_norm: largest global L2 norm of the gradient.
         clip_value: largest absolute value of an element of the gradient.
         l1: weight of sum |p| in the loss.

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from research import UserError
+
 # Okabe and Ito's colours, told apart by colour-blind readers; without yellow, faint on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _STYLES = ("-", "--", "-.", ":")
@@ -36,18 +38,18 @@ def curves(
         metrics: Panels, in order; by default the metrics all runs have, loss first, at most 6.
         x: Horizontal axis: training steps or seconds.
 
-    Raises ValueError for another suffix, a run without rows, or a metric some run lacks.
+    Raises UserError for another suffix, a run without rows, or a metric some run lacks.
     """
     out = Path(out)
     if out.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(
+        raise UserError(
             f"{out}: cannot write {out.suffix or 'a file without suffix'}; use .png or .svg"
         )
     if x not in _XLABELS:
-        raise ValueError(f"x is {x!r}; use 'step' or 'seconds'")
+        raise UserError(f"x is {x!r}; use 'step' or 'seconds'")
     runs = list({Path(run).resolve(): Path(run) for run in runs}.values())
     if not runs:
-        raise ValueError("no runs to plot; give at least one run directory")
+        raise UserError("no runs to plot; give at least one run directory")
     series = [_read(run, x) for run in runs]
     panels = list(metrics or _shared(series))
     for run, lines in zip(runs, series, strict=True):
@@ -56,9 +58,9 @@ def curves(
             if metric not in known:
                 close = difflib.get_close_matches(metric, known, 1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
-                raise ValueError(f"{run}: no metric {metric!r}; {hint}it has {', '.join(known)}")
+                raise UserError(f"{run}: no metric {metric!r}; {hint}it has {', '.join(known)}")
     if not panels:
-        raise ValueError("the runs share no metric; plot them one at a time")
+        raise UserError("the runs share no metric; plot them one at a time")
 
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     down = math.ceil(len(panels) / columns)
@@ -113,9 +115,9 @@ def _read(run: Path, x: str) -> dict[tuple[str, str], tuple[list[float], list[fl
     """Points (x, y) by metric and split."""
     path = run / "metrics.jsonl"
     if not run.is_dir():
-        raise ValueError(f"{run}: no such directory; give the run directory of a training run")
+        raise UserError(f"{run}: no such directory; give the run directory of a training run")
     if not path.is_file():
-        raise ValueError(f"{run}: no metrics.jsonl; give the run directory of a training run")
+        raise UserError(f"{run}: no metrics.jsonl; give the run directory of a training run")
     *lines, tail = path.read_text("utf-8", errors="replace").split("\n")
     points: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for number, line in enumerate([*lines, tail], 1):
@@ -126,13 +128,13 @@ def _read(run: Path, x: str) -> dict[tuple[str, str], tuple[list[float], list[fl
         except (ValueError, KeyError, TypeError):
             if number > len(lines):  # cut short by a killed process
                 continue
-            raise ValueError(f"{path}, line {number}: not a metrics row") from None
+            raise UserError(f"{path}, line {number}: not a metrics row") from None
         for metric, value in values.items():
             xs, ys = points.setdefault((metric, split), ([], []))
             xs.append(at)
             ys.append(value)
     if not points:
-        raise ValueError(f"{path}: no metrics yet; let the run write a row first")
+        raise UserError(f"{path}: no metrics yet; let the run write a row first")
     return points
 
 

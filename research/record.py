@@ -6,6 +6,7 @@ Files: `metrics.jsonl` (every row), `log.txt` (messages), `tensorboard/` (event 
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import math
@@ -19,8 +20,22 @@ from typing import Any, Literal, get_args
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from research import UserError
+
 Tracker = Literal["wandb", "trackio"]
 _RESERVED = ("step", "split", "seconds")
+
+
+def require(tracker: Tracker | None) -> None:
+    """Raises UserError, naming the extra to install, where a tracker's package is missing."""
+    # Not imported here, for trackio reads its settings when it is; already imported, it is here.
+    found = tracker is None or hasattr(sys.modules.get(tracker), "init")
+    if not found and tracker not in sys.modules:
+        spec = importlib.util.find_spec(str(tracker))
+        # A mere directory of that name, as wandb leaves behind, is found too, without an origin.
+        found = spec is not None and spec.origin is not None
+    if not found:
+        raise UserError(f"tracker {tracker!r} is not installed: pip install 'ergon[{tracker}]'")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -36,7 +51,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         try:
             rows.append(_parse(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not a metrics row: {error}") from None
+            raise UserError(f"{path}, line {number}: not a metrics row: {error}") from None
     with contextlib.suppress(ValueError):
         rows.append(_parse(tail))
     return rows
@@ -68,8 +83,8 @@ class Recorder:
         quiet: Print nothing; files and tracker are still written.
         enabled: False makes every method a no-op (processes other than the first).
 
-    Raises ValueError for an unknown tracker or a broken `metrics.jsonl`, and ImportError, naming
-    the extra to install, when the tracker's package is missing.
+    Raises UserError for an unknown tracker, one whose package is missing, or a broken
+    `metrics.jsonl`.
     """
 
     def __init__(
@@ -126,7 +141,8 @@ class Recorder:
             self._bar.flops_per_step = flops_per_step
 
     def write(self, step: int, split: str, metrics: Mapping[str, float], seconds: float) -> None:
-        """Record one row; off a terminal also print it, with steps/s since the previous row.
+        """Record one row, and print it with steps/s since the previous row; on a terminal only
+        rows of evaluations, for the bar shows training.
 
         Args:
             step: Steps done.
@@ -156,14 +172,15 @@ class Recorder:
             self._tracked.log(scalars, step)
         steps, elapsed = step - self._last_step, seconds - self._last_seconds
         self._last_step, self._last_seconds = step, seconds
-        if not self._quiet and self._bar is None:
+        # The bar shows training; an evaluation stays on the screen as a line above it.
+        if not self._quiet and (self._bar is None or split != "train"):
             shown = [f"step {step}/{self._total}", split]
             shown += [f"{metric} {value:.4g}" for metric, value in values.items()]
             shown += [f"{steps / elapsed:.4g} steps/s"] if steps > 0 and elapsed > 0 else []
-            print("  ".join(shown), flush=True)
+            self._print("  ".join(shown))
 
     def progress(self, step: int, loss: float) -> None:
-        """Show `step` and `loss` on the terminal's bar; elsewhere do nothing. Any loss will do.
+        """Show `step` and `loss`, which may be NaN, on the terminal's bar; elsewhere do nothing.
 
         steps/s counts the time between calls, so compilation before the first one is left out.
         `loss` becomes a number only when the bar is redrawn, at most five times a second: one
@@ -186,9 +203,13 @@ class Recorder:
             return
         with (self._workdir / "log.txt").open("a", encoding="utf-8") as log:
             log.write(text + "\n")
+        if not self._quiet:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
-        elif not self._quiet:
+        else:
             print(text, flush=True)
 
     def close(self, failed: bool = False) -> None:
@@ -263,22 +284,14 @@ class _Run:
     """One run of wandb or trackio."""
 
     def __init__(
-        self, tracker: str, workdir: Path, name: str, config: dict[str, Any], quiet: bool
+        self, tracker: Tracker, workdir: Path, name: str, config: dict[str, Any], quiet: bool
     ) -> None:
         if tracker not in get_args(Tracker):
-            raise ValueError(f"unknown tracker {tracker!r}; known: {', '.join(get_args(Tracker))}")
+            raise UserError(f"unknown tracker {tracker!r}; known: {', '.join(get_args(Tracker))}")
         if tracker == "trackio":  # which reads this once, when it is imported
             os.environ.setdefault("TRACKIO_DIR", str(workdir.resolve() / "trackio"))
-        module: Any = None
-        try:
-            module = importlib.import_module(tracker)
-        except ModuleNotFoundError as error:
-            if error.name != tracker:
-                raise
-        # A mere directory of that name, such as the one wandb leaves behind, can be imported too.
-        if not hasattr(module, "init"):
-            install = f"pip install 'ergon[{tracker}]'"
-            raise ImportError(f"tracker {tracker!r} is not installed: {install}", name=tracker)
+        require(tracker)
+        module: Any = importlib.import_module(tracker)
         state = workdir / "tracker.json"
         ids = json.loads(state.read_text("utf-8")) if state.exists() else {}
         known = ids.get(tracker)

@@ -72,6 +72,12 @@ def check(workdir: pathlib.Path, new: Experiment, fingerprint: str) -> list[str]
             f"{workdir} was trained on data {trained_on[:12]}, and the data is now "
             f"{fingerprint[:12]}: the files, or the Python that ships them, have changed"
         )
+    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    if max(saved, default=0) > new.steps:
+        raise UserError(
+            f"{workdir} is already at step {max(saved)}, past steps = {new.steps}: "
+            "give another --workdir, or more steps"
+        )
     changed = experiments.changes(before, after).items()
     return [f"continued with {path} = {now}, before {was}" for path, (was, now) in changed]
 
@@ -89,7 +95,6 @@ def read(workdir: pathlib.Path, name: str) -> Any:
 
 def write(workdir: pathlib.Path, name: str, text: str) -> None:
     """Replaces a file of a run in one step, so that no half of it is ever seen."""
-    workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / f".{name}.new"
     temporary.write_text(text)
     os.replace(temporary, workdir / name)
@@ -99,11 +104,17 @@ def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str) -> No
     """Writes what is known before the first step."""
     if jax.process_index() == 0:
         about = environment() | {"seed": experiment.seed, "data": fingerprint}
-        write(workdir, "config.json", experiments.dumps(experiment))
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {workdir}: {error.strerror}") from None
         write(workdir, "environment.json", json.dumps(about, indent=2) + "\n")
+        write(workdir, "config.json", experiments.dumps(experiment))
 
 
-def recorder(workdir: pathlib.Path, e: Experiment, step: int, flops: float | None) -> Recorder:
+def recorder(
+    workdir: pathlib.Path, e: Experiment, step: int, flops: float | None, quiet: bool
+) -> Recorder:
     """The run's recorder, from a step on; rows of later steps, of a crash, are dropped."""
     first = jax.process_index() == 0
     if first:
@@ -116,47 +127,61 @@ def recorder(workdir: pathlib.Path, e: Experiment, step: int, flops: float | Non
         name=workdir.name,
         config=experiments.to_json(e),
         flops_per_step=flops,
+        quiet=quiet,
         enabled=first,
     )
+
+
+def summary(workdir: pathlib.Path) -> Summary:
+    """What a finished run left. Raises UserError where it has not finished."""
+    read(workdir, "config.json")
+    if not (workdir / "summary.json").exists():
+        raise UserError(f"{workdir} has not finished: it has no summary.json")
+    return Summary(**read(workdir, "summary.json"))
 
 
 def finished(workdir: pathlib.Path, e: Experiment) -> Summary | None:
     """The summary of a run that already has all its steps and evaluations, or None."""
     if not (workdir / "summary.json").exists():
         return None
-    summary = Summary(**read(workdir, "summary.json"))
-    if summary.step > e.steps:
-        raise UserError(
-            f"{workdir} is already at step {summary.step}, past steps = {e.steps}: "
-            "give another --workdir"
-        )
-    done = summary.step == e.steps or (summary.early and e.early_stop.patience is not None)
-    if not done or not set(e.final_splits) <= set(summary.metrics):
+    found = summary(workdir)
+    done = found.step == e.steps or (found.early and e.early_stop.patience is not None)
+    if not done or not set(e.final_splits) <= set(found.metrics):
         return None
-    return finish(workdir, summary, e.target)
+    return finish(workdir, found, e.target)
 
 
-def finish(workdir: pathlib.Path, summary: Summary, target: Target | None) -> Summary:
+def finish(workdir: pathlib.Path, found: Summary, target: Target | None) -> Summary:
     """Judges a run against its target, and writes its summary and table."""
-    summary = judge(summary, target)
+    found = judge(found, target)
     if jax.process_index() == 0:
-        text = json.dumps(dataclasses.asdict(summary), indent=2, allow_nan=False)
+        text = json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False)
         write(workdir, "summary.json", text + "\n")
-        write(workdir, "table.txt", table([summary]) + "\n")
-    return summary
+        write(workdir, "table.txt", table([found]) + "\n")
+    return found
 
 
-def judge(summary: Summary, target: Target | None) -> Summary:
+def judge(found: Summary, target: Target | None) -> Summary:
     """The summary, judged against a target on metrics it already holds."""
     if target is None:
-        return dataclasses.replace(summary, target=None, reached=None, met=None)
-    value = summary.metrics[target.split][target.metric]
-    return dataclasses.replace(summary, target=str(target), reached=value, met=target.met(value))
+        return dataclasses.replace(found, target=None, reached=None, met=None)
+    value = found.metrics[target.split][target.metric]
+    return dataclasses.replace(found, target=str(target), reached=value, met=target.met(value))
 
 
 def table(summaries: Sequence[Summary]) -> str:
     """Runs side by side, as text."""
-    head = ("model", "parameters", "data", "target", "reached", "", "seconds", "steps/s", "FLOPs/step")
+    head = (
+        "model",
+        "parameters",
+        "data",
+        "target",
+        "reached",
+        "",
+        "seconds",
+        "steps/s",
+        "FLOPs/step",
+    )
     rows = [head, *map(_row, summaries)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     left = {0, 2, 3, 5}

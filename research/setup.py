@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from research import UserError, evaluate, parallel, train
+from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.experiment import Experiment, did_you_mean
 
@@ -93,17 +93,20 @@ class Setup:
         }
 
 
-def prepare(experiment: Experiment) -> Setup:
+def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Setup:
     """Reads the data, builds the mesh and traces the model on a batch, computing nothing.
+
+    devices: the mesh's (default: all there are).
 
     Raises UserError where data, model, task and devices do not fit one another.
     """
+    record.require(experiment.tracker)
     data = experiment.data.load()
     for split in ("train", *experiment.final_splits):
         find(data, split)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
-    mesh = experiment.parallel.mesh(batch_size)
+    mesh = experiment.parallel.mesh(batch_size, devices)
     batch = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     carries = "reset" in batch

@@ -104,6 +104,12 @@ class Classify(Task):
 
     def check(self, outputs: jax.ShapeDtypeStruct, arrays: Mapping[str, np.ndarray]) -> None:
         labels = arrays["targets"] if "targets" in arrays else arrays["tokens"]
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"targets must be integers, not {labels.dtype}")
+        if labels is arrays.get("targets") and labels.shape[1:] != outputs.shape[1:-1]:
+            raise UserError(
+                f"the model gives logits of {outputs.shape[1:]}, and targets are {labels.shape[1:]}"
+            )
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= outputs.shape[-1]:
             raise UserError(
@@ -133,10 +139,13 @@ class BinaryClassify(Task):
         return {"loss": weighted(losses, weights), "accuracy": weighted(hits, weights)}
 
     def check(self, outputs: jax.ShapeDtypeStruct, arrays: Mapping[str, np.ndarray]) -> None:
-        if outputs.shape[-1] != 1:
-            raise UserError(f"BinaryClassify reads 1 logit, and the model gives {outputs.shape[-1]}")
-        if not set(np.unique(arrays["targets"])) <= {0, 1}:
-            raise UserError("BinaryClassify needs targets of 0 and 1")
+        targets = arrays["targets"]
+        if outputs.shape[1:] != (1,):
+            raise UserError(
+                f"BinaryClassify reads 1 logit, and the model gives {outputs.shape[1:]}"
+            )
+        if targets.ndim != 1 or not set(np.unique(targets)) <= {0, 1}:
+            raise UserError("BinaryClassify needs targets of 0 and 1, one an example")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

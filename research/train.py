@@ -39,11 +39,17 @@ class State:
     """Early stopping: the best value so far, and the evaluations since."""
 
 
+def variables(model: nnx.Module) -> tuple[Any, Any]:
+    """A module's parameters and its other variables, as plain dictionaries of arrays."""
+    states: Any = nnx.split(model, nnx.Param, ...)[1:]
+    return nnx.to_pure_dict(states[0]), nnx.to_pure_dict(states[1])
+
+
 def init(setup: "Setup", root: jax.Array) -> State:
     """The state before the first step; traced, so that every array is made where it belongs."""
     e = setup.experiment
-    model = e.model.make(nnx.Rngs(params=root))
-    params, model_state = map(nnx.to_pure_dict, nnx.split(model, nnx.Param, ...)[1:])
+    model: Any = e.model.make(nnx.Rngs(params=root))
+    params, model_state = variables(model)
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -66,7 +72,7 @@ def train_step(
         model = nnx.merge(setup.graph, params, state.model_state, copy=True)
         model.train()
         loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), state.carry)
-        model_state = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        _, model_state = variables(model)
         return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
 
     grads, (metrics, model_state, carry) = jax.grad(loss_of, has_aux=True)(state.params)
@@ -77,7 +83,7 @@ def train_step(
         if e.ema is not None:
             ema = optax.incremental_update(params, ema, 1 - e.ema)
     rate = e.optimizer.learning_rate(state.step)
-    known = {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
+    known = {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     metrics |= {k: Mean(v, jnp.ones(())) for k, v in known.items() if v is not None}
     state = dataclasses.replace(
         state,
@@ -91,12 +97,15 @@ def train_step(
     return state, metrics
 
 
-def train(setup: "Setup", workdir: pathlib.Path, profile: int = 0) -> run.Summary:
+def train(
+    setup: "Setup", workdir: pathlib.Path, profile: int = 0, quiet: bool = False
+) -> run.Summary:
     """Trains in a run directory, from its newest checkpoint where it has one.
 
-    profile: steps to trace for xprof, after two that warm up. Raises UserError before anything
-    is created where `workdir` holds another run, and FloatingPointError where the loss is not
-    finite. On SIGTERM or SIGINT it saves and raises SystemExit.
+    profile: steps to trace for xprof, after two that warm up. quiet: print nothing.
+
+    Raises UserError before anything is created where `workdir` holds another run, and
+    FloatingPointError where the loss is not finite. On SIGTERM or SIGINT it saves and raises SystemExit.
     """
     e = setup.experiment
     news = run.check(workdir, e, setup.fingerprint)
@@ -113,7 +122,7 @@ def train(setup: "Setup", workdir: pathlib.Path, profile: int = 0) -> run.Summar
         if start:
             state, before = saved.restore(start, setup.abstract, setup.shardings)
         flops = compute.xla_flops(step_fn)
-        log = stack.enter_context(run.recorder(workdir, e, start, flops))
+        log = stack.enter_context(run.recorder(workdir, e, start, flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
         asked = stack.enter_context(checkpoint.stop_requested())
         for line in news:
@@ -139,7 +148,8 @@ def train(setup: "Setup", workdir: pathlib.Path, profile: int = 0) -> run.Summar
             with clock.aside("save"):
                 saved.save(step, state, before + clock.seconds)
 
-        step, pending, evaluated = start, None, (-1, {})
+        step, pending = start, None
+        evaluated: tuple[int, dict[str, dict[str, float]]] = (-1, {})
         over = e.early_stop.over(state.stop)
         stop = start if over else e.steps
         batches = splits.training(setup.splits["train"], setup.batch_size, e.seed, start, stop)
@@ -194,4 +204,3 @@ def train(setup: "Setup", workdir: pathlib.Path, profile: int = 0) -> run.Summar
 
 def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-

@@ -1,34 +1,33 @@
-"""Learning curves of runs: python scripts/plot.py RUN [RUN ...] --out curves.png"""
+"""Draws the learning curves of runs, side by side."""
 
-import sys
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from research import plot
+from research import command, plot
+
+USAGE = "python scripts/plot.py RUN [RUN ...] [--out curves.png]"
 
 
-def main(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
-    out: Path = Path("curves.png"),
-    metrics: tuple[str, ...] = (),
-    x: Literal["step", "seconds"] = "step",
-) -> None:
-    """Draw learning curves and print the path of the figure.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    out: Path = Path("curves.png")
+    """The figure: .png or .svg."""
+    metrics: tuple[str, ...] = ()
+    """Metrics to draw; by default those all runs have, at most 6."""
+    x: Literal["step", "seconds"] = "step"
+    """Horizontal axis."""
 
-    Args:
-        runs: Run directories.
-        out: Figure to write, .png or .svg.
-        metrics: Metrics to draw; by default those all runs have, at most 6.
-        x: Horizontal axis.
-    """
-    try:
-        print(plot.curves(runs, out, metrics, x))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+def main() -> None:
+    options = command.parse(Options, USAGE)
+    with command.one_line_errors():
+        print(plot.curves(options.runs, options.out, options.metrics, options.x))
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -23,7 +23,7 @@ class Options(command.Options):
 
 
 def main() -> None:
-    options = command.parse(Options, usage=USAGE)
+    options = command.parse(Options, USAGE)
     workdir = options.workdir or pathlib.Path("runs") / command.name(options.config)
     with command.one_line_errors():
         summary = train.train(setup.prepare(options.experiment), workdir, options.profile)

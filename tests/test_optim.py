@@ -116,7 +116,9 @@ def test_steps_are_the_formula(name, kwargs, kernel, bias, rate):
             np.testing.assert_allclose(params[leaf], want, rtol=2e-5, atol=1e-6)
     assert traces == 1
     assert [config.learning_rate(s) for s in range(3)] == pytest.approx(rates)
-    assert isinstance(config.learning_rate(1), float)
+    traced = jax.jit(config.learning_rate)(jnp.ones((), jnp.int32))
+    assert (traced.dtype, traced.shape) == (jnp.float32, ())
+    assert float(traced) == pytest.approx(rates[1])
 
 
 @CASES
@@ -331,6 +333,7 @@ NUMBER = "must be a number or a schedule"
             "It takes: learning_rate, initial_accumulator_value, eps",
         ),
         ("sign_sgd", {"qqq": 1}, "sign_sgd takes no argument 'qqq'. It takes: learning_rate"),
+        ("lion", {"beta1": 1}, "lion takes no argument 'beta1'; did you mean 'b1'? It takes: lear"),
         ("adagrad", {}, "adagrad needs 'learning_rate'"),
         ("adadelta", {}, "adadelta needs 'learning_rate'"),
         ("adam", {"learning_rate": None}, "adam needs 'learning_rate'"),
@@ -357,6 +360,7 @@ NUMBER = "must be a number or a schedule"
             {"learning_rate": 1.0, "base_optimizer": LINEAR},
             "contrib.schedule_free: base_optimizer must be an optimizer; 'linear_schedule' is a sc",
         ),
+        ("adamw", {"learning_rate": 1, "mask": {"a": True}}, "adamw: optax says: pytree structure"),
         ("rprop", {"learning_rate": LINEAR}, "rprop: optax says: "),
         ("lbfgs", {"learning_rate": 1.0}, "lbfgs: optax says: scale_by_zoom_linesearch"),
         pytest.param(
@@ -387,6 +391,7 @@ def test_optax_refuses(name, kwargs, message):
         ({"l1": -1e-4}, "l1 must be finite and not negative, got -0.0001"),
         ({"l2": float("nan")}, "l2 must be finite and not negative, got nan"),
         ({"l2": "1"}, "l2 must be a number, got '1'"),
+        ({"l2": True}, "l2 must be a number, got True"),
         ({"l1": None}, "l1 must be a number, got None"),
         ({"no_decay": "("}, "no_decay is not a regular expression: missing ), unterminated"),
         (

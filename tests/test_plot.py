@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_script(tmp_path):
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path)},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         return done.returncode, done.stdout, done.stderr
 

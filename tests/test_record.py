@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from research import record
+from research import UserError, record
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +69,7 @@ def test_rows_are_on_disk_at_once(tmp_path):
 def test_rows_outlive_a_killed_process(tmp_path):
     script = """
 import os, signal, sys
-from research import record
+from research import UserError, record
 run = record.Recorder(sys.argv[1], total_steps=9, name="run", config={})
 for step in (1, 2, 3):
     run.write(step, "train", {"loss": 1 / step}, step)
@@ -113,7 +113,7 @@ def test_tensorflow_is_not_imported(tmp_path):
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from research import record
+from research import UserError, record
 with record.Recorder(sys.argv[1] + "/run", total_steps=1, name="run", config={}) as run:
     run.write(1, "train", {"loss": 1.0}, 1.0)
 """
@@ -218,7 +218,7 @@ def test_a_disabled_recorder_does_nothing(tmp_path, capsys):
 
 BAR = """
 import sys, time
-from research import record
+from research import UserError, record
 flops = float(sys.argv[2]) or None
 with record.Recorder(sys.argv[1], total_steps=1000, start_step=100, name="run", config={},
                      flops_per_step=flops) as run:
@@ -265,7 +265,7 @@ def test_the_bar_without_a_cost_model_has_no_flops(tmp_path):
 def test_the_bar_does_not_flood_and_leaves_losses_alone(tmp_path):
     script = """
 import sys, time
-from research import record
+from research import UserError, record
 class Loss:
     read = 0
     def __float__(self):
@@ -298,7 +298,7 @@ def test_a_missing_tracker_names_the_extra(tmp_path, monkeypatch, tracker, direc
     fake = types.ModuleType(tracker) if directory else None  # a mere directory can be imported
     monkeypatch.setitem(sys.modules, tracker, fake)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    with pytest.raises(ImportError) as error:
+    with pytest.raises(UserError) as error:
         recorder(tmp_path, tracker=tracker)
     assert str(error.value) == (
         f"tracker '{tracker}' is not installed: pip install 'ergon[{tracker}]'"
@@ -351,34 +351,36 @@ def test_wandb_is_offline_by_default_and_resumes_its_run(tmp_path, monkeypatch):
     assert fake.codes == [0, 1]
 
 
-def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
+# A process each: wandb can lose a run that is resumed in its own process, and trackio reads its
+# directory once.
+TRACKED = """
+import sys
+from research import UserError, record
+start = int(sys.argv[2])
+with record.Recorder(sys.argv[1], total_steps=9, start_step=start, name="run", config={"seed": 1},
+                     tracker=sys.argv[3], quiet=True) as run:
+    run.write(start + 1, "train", {"loss": 0.5}, 1.0)
+"""
+
+
+def test_wandb_writes_an_offline_run_and_resumes_it(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for start in (0, 1):
-        with recorder(tmp_path, tracker="wandb", start_step=start, quiet=True) as run:
-            run.write(start + 1, "train", {"loss": 0.5}, 1.0)
+        process = python(TRACKED, tmp_path, start, "wandb", stdout=subprocess.PIPE)
+        assert (process.communicate()[0], process.returncode) == (b"", 0)
     identity = json.loads((tmp_path / "tracker.json").read_text())["wandb"]
-    files = list(tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
-    assert files
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{identity}.wandb"] * 2
     assert all(b"train/loss" in file.read_bytes() for file in files)
-    assert {file.name for file in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {files[0].name}
 
 
 def test_trackio_writes_a_local_run_and_resumes_it(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
-    # trackio reads its directory once a process.
-    script = """
-import sys
-from research import record
-start = int(sys.argv[2])
-with record.Recorder(sys.argv[1], total_steps=9, start_step=start, name="run", config={"seed": 1},
-                     tracker="trackio", quiet=True) as run:
-    run.write(start + 1, "train", {"loss": 0.5}, 1.0)
-"""
     monkeypatch.delenv("TRACKIO_DIR", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for start in (0, 1):
-        process = python(script, tmp_path, start, stdout=subprocess.PIPE)
+        process = python(TRACKED, tmp_path, start, "trackio", stdout=subprocess.PIPE)
         assert (process.communicate()[0], process.returncode) == (b"", 0)
     with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "ergon.db")) as database:
         rows = database.execute("SELECT run_id, run_name, step, metrics FROM metrics").fetchall()

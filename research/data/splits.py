@@ -49,6 +49,8 @@ class Lazy(Sequence[Batch]):
         return self.length
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if not 0 <= index < self.length:
+            raise IndexError(index)
         return self.make(index)
 
 

@@ -1,6 +1,7 @@
 """Convolutional networks for small images. Shapes: B batch, H height, W width, C channels."""
 
 import dataclasses
+import itertools
 from typing import Annotated, Literal
 
 import jax
@@ -87,7 +88,7 @@ class CNN(nnx.Module):
         widths = (channels, *config.channels)
         self.convs = nnx.List(
             nnx.Conv(m, n, (3, 3), kernel_init=nnx.initializers.he_normal(), rngs=rngs)
-            for m, n in zip(widths[:-1], widths[1:], strict=True)
+            for m, n in itertools.pairwise(widths)
         )
         flat = (height >> halvings) * (width >> halvings) * widths[-1]
         init = nnx.initializers.he_normal()

@@ -1,7 +1,7 @@
 """Stacked LSTM. Shapes: B batch, T time, D inputs of a layer, H width, G = 4H gates, V outputs."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ class LSTM(nnx.Module):
         lengths: jax.Array | None = None,
         carry: Carry | None = None,
         rngs: nnx.Rngs | None = None,
-    ):  # type: ignore[no-untyped-def]
+    ) -> Any:
         """Tokens [B, T] or vectors [B, T, features] -> [B, T, V], or [B, V] for a sequence.
 
         lengths [B]: steps of each row that count (all, without it); later ones change nothing.
@@ -125,5 +125,7 @@ def _forget_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> ja
 def _orthogonal_gates(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """An orthogonal matrix for each gate (Saxe et al. 2014)."""
     width = shape[0]
-    gates = [nnx.initializers.orthogonal()(k, (width, width), dtype) for k in jax.random.split(key, 4)]
+    gates = [
+        nnx.initializers.orthogonal()(k, (width, width), dtype) for k in jax.random.split(key, 4)
+    ]
     return jnp.concatenate(gates, axis=1)

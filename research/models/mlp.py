@@ -1,6 +1,7 @@
 """Multilayer perceptron. Shapes: B batch, F features."""
 
 import dataclasses
+import itertools
 from typing import Annotated, Literal
 
 import jax
@@ -37,8 +38,7 @@ class MLP(nnx.Module):
         widths = (config.features, *config.sizes)
         init = nnx.initializers.he_normal()
         self.layers = nnx.List(
-            nnx.Linear(m, n, kernel_init=init, rngs=rngs)
-            for m, n in zip(widths[:-1], widths[1:], strict=True)
+            nnx.Linear(m, n, kernel_init=init, rngs=rngs) for m, n in itertools.pairwise(widths)
         )
         self.dropout = nnx.Dropout(config.dropout)
         self.activation = config.activation

@@ -6,7 +6,7 @@ h head width, F feed-forward width, V vocabulary, L layers.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def _rotate(x_BTNh: jax.Array) -> jax.Array:
 class FeedForward(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs) -> None:
         inner = config.feed_forward or 4 * config.width
-        dense = {"use_bias": config.bias, "rngs": rngs}
+        dense: dict[str, Any] = {"use_bias": config.bias, "rngs": rngs}
         self.up = nnx.Linear(config.width, inner, kernel_init=_init(config), **dense)
         self.gate = (
             nnx.Linear(config.width, inner, kernel_init=_init(config), **dense)
@@ -161,9 +161,7 @@ class Transformer(nnx.Module):
         self.output = (
             None
             if config.tied
-            else nnx.Linear(
-                config.width, config.vocab, use_bias=False, kernel_init=init, rngs=rngs
-            )
+            else nnx.Linear(config.width, config.vocab, use_bias=False, kernel_init=init, rngs=rngs)
         )
         self.dropout = nnx.Dropout(config.dropout)
 
@@ -181,13 +179,15 @@ class Transformer(nnx.Module):
 
     def _layers(self, x_BTD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         """Applies the layers; each draws its dropout from a key of its own, scanned or not."""
-        graphs, stacks = zip(*map(nnx.split, [self.layers] if self.scan else self.layers))
+        layers: Any = [self.layers] if self.scan else self.layers
+        graphs, stacks = zip(*map(nnx.split, layers), strict=True)
         count = jax.tree.leaves(stacks[0])[0].shape[0] if self.scan else len(stacks)
         keys = None if rngs is None else jax.random.split(rngs.dropout(), count)
 
         def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
             params, key = layer
-            return nnx.merge(graphs[0], params)(x, key if key is None else nnx.Rngs(dropout=key)), None
+            rngs = None if key is None else nnx.Rngs(dropout=key)
+            return nnx.merge(graphs[0], params)(x, rngs), None
 
         if self.remat != "none":
             policy = jax.checkpoint_policies.checkpoint_dots if self.remat == "dots" else None

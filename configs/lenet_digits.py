@@ -1,0 +1,24 @@
+"""LeNet-5 on the handwritten digits, each pixel enlarged to 4x4."""
+
+from research.data.bundled import Digits
+from research.experiment import Experiment, Target
+from research.models.cnn import LeNetConfig
+from research.optim import Optax, Optimizer
+from research.tasks import Classify
+
+
+def config() -> Experiment:
+    return Experiment(
+        model=LeNetConfig(image=(32, 32, 1), classes=10),
+        task=Classify(label_smoothing=0.1),
+        data=Digits(upscale=4),
+        optimizer=Optimizer(
+            update=Optax("sgd", {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True}),
+            l2=1e-4,
+        ),
+        batch_size=64,
+        steps=600,
+        log_every=50,
+        eval_every=200,
+        target=Target(metric="accuracy", value=0.96, split="test"),
+    )

@@ -1,0 +1,73 @@
+"""What the training loop adds to a bare jitted step."""
+
+import dataclasses
+import itertools
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from research import parallel, record
+from research.experiment import Experiment
+from research.setup import Setup, prepare
+from research.train import train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Medians over rounds, in which both were measured one after the other."""
+
+    bare_ms: float
+    """Of one step, batches already on the device, nothing fetched until the end."""
+    loop_ms: float
+    """Of one step in `train`: reading, placing, fetching and logging included."""
+    ratio: float
+    """Of the two, within a round."""
+    spread: tuple[float, float]
+    """The least and the greatest ratio of a round."""
+
+
+def overhead(experiment: Experiment, rounds: int) -> Overhead:
+    """Times the experiment's steps both ways, `rounds` times in turn.
+
+    A time is the median over the chunks of `log_every` steps; nothing is evaluated or saved.
+    """
+    chunk = experiment.log_every
+    setup = prepare(dataclasses.replace(experiment, target=None, eval_every=None, save_every=None))
+    pairs = [(_bare(setup, chunk), _loop(setup)) for _ in range(rounds)]
+    ratios = [loop / bare for bare, loop in pairs]
+    bare, loop = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
+    return Overhead(
+        bare_ms=bare,
+        loop_ms=loop,
+        ratio=statistics.median(ratios),
+        spread=(min(ratios), max(ratios)),
+    )
+
+
+def _bare(setup: Setup, chunk: int) -> float:
+    e = setup.experiment
+    step = setup.step().lower(*setup.example()).compile()
+    state = setup.initial()
+    examples = [setup.splits["train"].batch(i, setup.batch_size, e.seed) for i in range(4)]
+    batches = itertools.cycle([parallel.put(batch, setup.mesh) for batch in examples])
+    seconds = []
+    for _ in range(e.steps // chunk):
+        start = time.perf_counter()
+        for batch in itertools.islice(batches, chunk):
+            state, metrics = step(state, batch, setup.root)
+        jax.block_until_ready((state, metrics))
+        seconds.append((time.perf_counter() - start) / chunk)
+    return statistics.median(seconds)
+
+
+def _loop(setup: Setup) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder) / "run"
+        train(setup, workdir, quiet=True)
+        rows = [row for row in record.read_metrics(workdir) if row["split"] == "train"]
+    steps, seconds = (np.array([0, *(row[k] for row in rows)]) for k in ("step", "seconds"))
+    return float(np.median(np.diff(seconds) / np.diff(steps)))

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs, then lints, type-checks and runs every test. Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/install.sh" dev
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+"$python" -m pytest "$@"

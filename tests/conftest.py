@@ -1,0 +1,39 @@
+"""Eight CPU devices, strict shapes, and warnings as errors, before jax is imported."""
+
+import os
+import pathlib
+import sys
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """A program that several tests compile is compiled once a session."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    """Configs are found as configs/x.py, as a user gives them."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Around our own fp32 code: optax and flax raise under it elsewhere."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

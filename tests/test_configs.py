@@ -1,0 +1,51 @@
+"""Every config: one shrunken step of it trains, and its file says what it is."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from research import command, experiment, parallel
+from research.setup import prepare
+
+CONFIGS = sorted(p for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
+if not CONFIGS:
+    CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+
+
+def ids(path):
+    return path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_one_shrunken_step(path):
+    whole = command.load(path)
+    setup = prepare(dataclasses.replace(whole, steps=1, batch_size=8), jax.devices()[:1])
+    state = setup.initial()
+    before = jax.device_get(state.params)
+    batch = parallel.put(setup.splits["train"].batch(0, 8, 0), setup.mesh)
+    state, metrics = setup.step()(state, batch, setup.root)
+    assert math.isfinite(metrics["loss"].total)
+    # A warm-up may begin at a rate of zero: the second step moves every parameter then.
+    state, _ = setup.step()(state, batch, setup.root)
+    moved = jax.tree.map(lambda a, b: np.any(a != b), before, jax.device_get(state.params))
+    assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_it_survives_json(path):
+    whole = command.load(path)
+    assert experiment.from_json(json.loads(experiment.dumps(whole))) == whole
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_its_docstring_holds_command_and_result(path):
+    text = path.read_text().split('"""')[1]
+    assert f"python scripts/train.py configs/{path.name}" in text
+    assert re.search(r"\d\.\d+", text), "a measured result"
+    assert command.load(path).target is not None

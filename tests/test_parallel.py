@@ -1,0 +1,160 @@
+"""Meshes and placement, by what each of the eight devices ends up holding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from research import UserError, parallel
+from research.parallel import Parallel
+
+
+def shards(rules=(), data=1, fsdp=8, **shapes):
+    """The shape of one device's part of each array."""
+    mesh = Parallel(data=data, fsdp=fsdp).mesh(8)
+    abstract = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    placed = parallel.place(abstract, mesh, rules)
+    found = {k: placed[k].shard_shape(s) for k, s in shapes.items()}
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "devices", "shape"),
+    [
+        (None, 1, 8, (8, 1)),
+        (None, 4, 8, (2, 4)),
+        (None, 8, 8, (1, 8)),
+        (4, 2, 8, (4, 2)),
+        (None, 1, 1, (1, 1)),
+        (2, 2, 4, (2, 2)),
+    ],
+)
+def test_a_mesh_has_every_device_once(data, fsdp, devices, shape):
+    given = None if devices == 8 else jax.devices()[:devices]
+    mesh = Parallel(data=data, fsdp=fsdp).mesh(16, given)
+    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.devices.shape == shape
+    assert set(mesh.devices.flat) == set(jax.devices()[:devices])
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "message"),
+    [
+        (2, 2, "data 2 x fsdp 2 = 4, and there are 8 devices"),
+        (8, 2, "data 8 x fsdp 2 = 16, and there are 8 devices"),
+        (None, 3, "data 2 x fsdp 3 = 6, and there are 8 devices"),
+        (None, 16, "data 1 x fsdp 16 = 16, and there are 8 devices"),
+    ],
+)
+def test_axes_multiply_to_the_devices(data, fsdp, message):
+    with pytest.raises(UserError, match=message):
+        Parallel(data=data, fsdp=fsdp).mesh(8)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "nearest"), [(3, "8"), (12, "8, 16"), (17, "16, 24"), (63, "56, 64")]
+)
+def test_devices_divide_the_batch(batch_size, nearest):
+    message = f"batch_size {batch_size} does not divide over 8 devices; .*: {nearest}$"
+    with pytest.raises(UserError, match=message):
+        Parallel(fsdp=2).mesh(batch_size)
+    for size in map(int, nearest.split(", ")):
+        Parallel(fsdp=2).mesh(size)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "whole", "part"),
+    [
+        (8, (16, 64), (16, 8)),
+        (8, (64, 16), (8, 16)),
+        (8, (3, 24, 16), (3, 3, 16)),
+        (8, (65, 16), (65, 2)),  # the largest axis does not divide
+        (4, (65, 6, 8), (65, 6, 2)),
+        (8, (3, 5), (3, 5)),  # no axis divides
+        (8, (4, 100), (4, 100)),
+        (8, (), ()),
+        (8, (8,), (8,)),  # one number a device: too small
+        (8, (16,), (2,)),
+        (2, (3,), (3,)),
+        (1, (64, 64), (64, 64)),
+    ],
+)
+def test_without_a_rule_the_largest_axis_that_divides_is_split(fsdp, whole, part):
+    assert shards(data=8 // fsdp, fsdp=fsdp, x=whole) == part
+
+
+def test_rules_win_over_the_fallback_and_the_first_match_wins():
+    rules = [("kernel$", P(None, "fsdp")), ("e", P()), ("kernel", P("fsdp"))]
+    whole = dict.fromkeys(("kernel", "embed", "other_kernel", "bias"), (64, 16))
+    assert shards(rules, **whole) == {
+        "kernel": (64, 2),
+        "embed": (64, 16),
+        "other_kernel": (64, 2),
+        "bias": (8, 16),
+    }
+    assert shards(rules[::-1], **whole)["kernel"] == (64, 2)  # P("fsdp"): the last axis
+    assert shards(rules[1:], **whole)["kernel"] == (64, 16)
+
+
+def test_rules_read_paths():
+    mesh = Parallel(fsdp=8).mesh(8)
+    kernel = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    tree = {"layers": {0: {"kernel": kernel}, 1: {"kernel": kernel}}, "none": None}
+    placed = parallel.place(tree, mesh, [("^layers/1/kernel$", P())])
+    assert placed["none"] is None
+    assert not placed["layers"][0]["kernel"].is_fully_replicated
+    assert placed["layers"][1]["kernel"].is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("whole", "part"),
+    [((16, 32), (2, 32)), ((8, 16, 32), (8, 2, 32)), ((8, 8, 16, 32), (8, 8, 2, 32))],
+)
+def test_a_rule_serves_stacked_layers(whole, part):
+    assert shards([("kernel", P("fsdp", None))], kernel=whole) == part
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+def test_each_device_holds_its_share_of_a_big_matrix(fsdp):
+    mesh = Parallel(fsdp=fsdp).mesh(8)
+    matrix = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+    state = optax.adam(1e-3).init({"kernel": matrix, "scale": np.float32(1)})
+    placed = jax.device_put(state, parallel.place(state, mesh))
+    for name, whole in (("kernel", matrix), ("mu", 0 * matrix), ("nu", 0 * matrix)):
+        if name == "kernel":
+            array = jax.device_put(matrix, parallel.place(matrix, mesh))
+        else:
+            array = getattr(placed[0], name)["kernel"]
+        parts = array.addressable_shards
+        assert {part.device for part in parts} == set(jax.devices())
+        assert {part.data.nbytes for part in parts} == {matrix.nbytes // fsdp}
+        assert len({str(part.index) for part in parts}) == fsdp
+        np.testing.assert_array_equal(array, whole)
+    assert placed[0].count.is_fully_replicated
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_a_batch_is_split_over_all_devices(fsdp):
+    mesh = Parallel(fsdp=fsdp).mesh(16)
+    batch = {
+        "inputs": np.arange(16 * 5, dtype=np.int32).reshape(16, 5),
+        "weights": np.linspace(0, 1, 16, dtype=np.float32),
+        "reset": np.arange(16) % 2 == 0,
+    }
+    placed = parallel.put(batch, mesh)
+    assert placed.keys() == batch.keys()
+    for key, array in placed.items():
+        assert array.dtype == batch[key].dtype
+        assert array.sharding.is_equivalent_to(parallel.batched(mesh), array.ndim)
+        parts = sorted(array.addressable_shards, key=lambda part: part.index[0].start)
+        assert {part.device for part in parts} == set(jax.devices())
+        rows = [np.asarray(part.data) for part in parts]
+        assert [len(r) for r in rows] == [2] * 8
+        np.testing.assert_array_equal(np.concatenate(rows), batch[key])
+
+
+def test_replicated_is_whole_everywhere():
+    x = jax.device_put(np.arange(8.0), parallel.replicated(Parallel(fsdp=4).mesh(8)))
+    assert [part.data.shape for part in x.addressable_shards] == [(8,)] * 8

@@ -1,0 +1,145 @@
+"""The scripts as a user calls them: real processes, from the root, on real files."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MLP = ["configs/mlp_cancer.py", "--steps", "60", "--log_every", "20"]
+
+
+def script(name, *args):
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    command = [sys.executable, f"scripts/{name}.py", *map(str, args)]
+    return subprocess.run(
+        command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+
+
+def ok(name, *args):
+    result = script(name, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "mlp"
+    return workdir, ok("train", *MLP, "--workdir", workdir)
+
+
+def test_train_prints_plain_lines_and_a_table(trained):
+    _, out = trained
+    lines = out.splitlines()
+    assert lines[0].startswith("step 20/60  train  loss ")
+    assert any(line.startswith("step 60/60  test  loss ") for line in lines)
+    assert any(line.startswith("model") and "FLOPs/step" in line for line in lines)
+
+
+def test_a_finished_run_is_not_trained_again(trained):
+    workdir, _ = trained
+    out = ok("train", *MLP, "--workdir", workdir)
+    assert "step" not in out.splitlines()[0]
+
+
+def test_a_runs_json_trains_again_to_the_same_numbers(trained, tmp_path):
+    workdir, _ = trained
+    ok("train", workdir / "config.json", "--workdir", tmp_path / "again")
+    first, again = (
+        json.loads((path / "summary.json").read_text())["metrics"]
+        for path in (workdir, tmp_path / "again")
+    )
+    assert first == again
+
+
+def test_evaluate(trained, tmp_path):
+    workdir, _ = trained
+    ok("evaluate", workdir, "--split", "test", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert found == {"step": 60, "split": "test", "metrics": summary["metrics"]["test"]}
+
+
+def test_plot_and_table(trained, tmp_path):
+    workdir, out = trained
+    ok("plot", workdir, "--out", tmp_path / "curves.svg")
+    assert "loss" in (tmp_path / "curves.svg").read_text()
+    assert ok("table", workdir).strip() in out
+
+
+def test_profile_writes_a_trace(tmp_path):
+    ok("train", *MLP, "--workdir", tmp_path / "run", "--profile", "3")
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
+def test_a_missed_target_is_said_and_is_an_error_only_when_asked(tmp_path):
+    args = [*MLP, "--target.value", "1.01", "--workdir", tmp_path / "run"]
+    assert "missed its target: test accuracy >= 1.01" in ok("train", *args)
+    assert script("train", *args, "--require-target").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        ("train", [*MLP, "--model.dropuot", "1"], "did you mean --model.dropout?"),
+        ("train", [*MLP, "--batch_size", "1000"], "exceeds the 398 training examples"),
+        ("train", [*MLP, "--data.split", "x"], "--data.split"),
+        ("train", [*MLP, "--tracker", "trackio"], "pip install 'ergon[trackio]'"),
+        ("train", ["configs/none.py"], "no config at configs/none.py"),
+        ("train", [], "the first argument must be a config"),
+        ("evaluate", ["nowhere"], "nowhere is not a run directory"),
+        ("evaluate", [], "Missing"),
+        ("plot", ["nowhere"], "nowhere"),
+        ("table", ["nowhere"], "nowhere is not a run directory"),
+        ("benchmark", ["speed"], "usage"),
+        ("benchmark", ["loop"], "the first argument must be a config"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_makes_nothing(name, args, words, tmp_path):
+    if "trackio" in args and __import__("importlib.util").util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    workdir = ["--workdir", tmp_path / "run"] if name == "train" and args else []
+    result = script(name, *args, *workdir)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_that_the_data_lacks(trained):
+    workdir, _ = trained
+    result = script("evaluate", workdir, "--split", "tset")
+    assert result.returncode == 2
+    assert result.stderr == "error: the data has no split 'tset'; did you mean test?\n"
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(trained, tmp_path):
+    workdir = tmp_path / "run"
+    whole = [*MLP[:1], "--steps", "4000", "--log_every", "10", "--workdir"]
+    command = [sys.executable, "scripts/train.py", *whole, str(workdir)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    while "step" not in process.stdout.readline():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by signal 15 at step" in out
+    stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert 0 < stopped < 4000
+    ok("train", *whole, workdir)
+    ok("train", *whole, tmp_path / "whole")
+    ends = [json.loads((p / "summary.json").read_text()) for p in (workdir, tmp_path / "whole")]
+    assert ends[0]["metrics"] == ends[1]["metrics"]
+
+
+def test_ngram_prints_both_smoothings():
+    out = ok("benchmark", "ngram", "--orders", "3").split()
+    assert {"witten-bell", "kneser-ney"} <= set(out)

@@ -1,0 +1,259 @@
+"""Splits, by tokens and rows that are their own positions."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from research import UserError
+from research.data import splits
+from research.data.splits import Examples, Streams, Windows
+
+# Sizes of a stream, a window and a batch, from one prediction to many, dividing and not.
+SIZES = list(itertools.product([2, 3, 9, 24, 25, 26, 41], [1, 4, 8], [1, 3, 8]))
+
+
+def rows(n):
+    return Examples({"inputs": np.arange(n), "targets": 10 * np.arange(n)})
+
+
+def every(batches):
+    return [batches[i] for i in range(len(batches))]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+SPLITS = [rows(10), Windows(np.arange(50), 5), Streams(np.arange(50), 5)]
+ids = ["examples", "windows", "streams"]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=ids)
+def test_batches_are_a_function_of_seed_and_step(split):
+    asked = [(step, seed) for step in (7, 0, 3, 1) for seed in (1, 0)]
+    first = {ask: split.batch(ask[0], 4, ask[1]) for ask in asked}
+    for step, seed in sorted(asked, reverse=True):
+        fresh = type(split)(*vars(split).values())
+        for again in (fresh, fresh, split):
+            assert same(again.batch(step, 4, seed), first[step, seed])
+    assert not same(first[0, 0], first[1, 0])
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 10])
+def test_an_epoch_is_a_permutation_of_all_rows(batch_size):
+    def stream(seed):
+        batches = [rows(10).batch(step, batch_size, seed) for step in range(20)]
+        for batch in batches:
+            assert batch["inputs"].shape == (batch_size,)
+            np.testing.assert_array_equal(batch["targets"], 10 * batch["inputs"])
+            np.testing.assert_array_equal(batch["weights"], np.ones(batch_size, np.float32))
+        return np.concatenate([b["inputs"] for b in batches])[:60].reshape(6, 10)
+
+    for seed in (0, 1):
+        np.testing.assert_array_equal(np.sort(stream(seed)), np.tile(np.arange(10), (6, 1)))
+    orders = [tuple(epoch) for seed in (0, 1) for epoch in stream(seed)]
+    assert len(set(orders)) == 12
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 7, 16])
+def test_evaluation_gives_every_row_once(batch_size):
+    batches = every(rows(7).evaluation(batch_size))
+    assert all(v.shape == (batch_size,) for b in batches for v in b.values())
+    inputs, targets, weights = (
+        np.concatenate([b[k] for b in batches]) for k in ("inputs", "targets", "weights")
+    )
+    np.testing.assert_array_equal(inputs[weights == 1], np.arange(7))
+    np.testing.assert_array_equal(targets[weights == 1], 10 * np.arange(7))
+    np.testing.assert_array_equal(weights, np.arange(len(weights)) < 7)
+    assert len(weights) < 7 + batch_size
+
+
+def test_training_windows_lie_anywhere_inside_the_text():
+    split = Windows(np.arange(20), 5)
+    starts = set()
+    for step in range(40):
+        batch = split.batch(step, 16, seed=3)
+        starts |= set(batch["inputs"][:, 0])
+        np.testing.assert_array_equal(
+            batch["inputs"], batch["inputs"][:, :1] + np.arange(5), strict=False
+        )
+        np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
+        assert batch["weights"].shape == (16, 5)
+        assert batch["weights"].min() == 1
+    assert starts == set(range(15))
+
+
+@pytest.mark.parametrize(("tokens", "length", "batch_size"), SIZES)
+def test_windows_evaluate_every_token_but_the_first_once(tokens, length, batch_size):
+    batches = every(Windows(np.arange(tokens), length).evaluation(batch_size))
+    assert all(b["inputs"].shape == (batch_size, length) for b in batches)
+    counted = np.concatenate([b["weights"] for b in batches]) == 1
+    inputs = np.concatenate([b["inputs"] for b in batches])[counted]
+    targets = np.concatenate([b["targets"] for b in batches])[counted]
+    np.testing.assert_array_equal(targets, np.arange(1, tokens))
+    np.testing.assert_array_equal(inputs, np.arange(tokens - 1))
+    # All padding is at the end, and less than a batch of it.
+    assert counted.ravel()[: tokens - 1].all()
+    assert counted.size - (tokens - 1) < batch_size * length
+    assert set(np.unique(np.concatenate([b["weights"] for b in batches]))) <= {0, 1}
+
+
+@pytest.mark.parametrize(("tokens", "length", "batch_size"), SIZES)
+def test_streams_continue_row_by_row(tokens, length, batch_size):
+    split = Streams(np.arange(tokens), length)
+    if tokens - 1 < batch_size * length:
+        with pytest.raises(UserError):
+            split.check(batch_size)
+        return
+    split.check(batch_size)
+    batches = [split.batch(step, batch_size, seed=0) for step in range(60)]
+    starts = [step for step, batch in enumerate(batches) if batch["reset"].any()]
+    epoch = batches[: starts[1]]
+    before = np.full(batch_size, -2)
+    for batch in batches:
+        inputs = batch["inputs"]
+        assert inputs.shape == batch["weights"].shape == (batch_size, length)
+        assert batch["weights"].min() == 1
+        np.testing.assert_array_equal(batch["targets"], inputs + 1)
+        np.testing.assert_array_equal(np.diff(inputs), 1)
+        np.testing.assert_array_equal(batch["reset"], inputs[:, 0] != before + 1)
+        before = inputs[:, -1]
+    # Each epoch is the same, counts no token twice, and leaves out less than a batch.
+    for step, batch in enumerate(batches):
+        assert same(batch, epoch[step % len(epoch)])
+    targets = np.concatenate([b["targets"].ravel() for b in epoch])
+    assert len(set(targets)) == len(targets)
+    assert tokens - 1 - len(targets) < batch_size * length
+
+
+@pytest.mark.parametrize(("tokens", "length", "batch_size"), SIZES)
+def test_streams_evaluate_every_token_but_the_first_once(tokens, length, batch_size):
+    batches = every(Streams(np.arange(tokens), length).evaluation(batch_size))
+    assert [b["reset"].tolist() for b in batches] == [
+        [i == 0] * batch_size for i in range(len(batches))
+    ]
+    inputs, targets, weights = (
+        np.concatenate([b[k] for b in batches], axis=1) for k in ("inputs", "targets", "weights")
+    )
+    counted = weights == 1
+    assert set(np.unique(weights)) <= {0, 1}
+    np.testing.assert_array_equal(np.sort(targets[counted]), np.arange(1, tokens))
+    np.testing.assert_array_equal(inputs[counted], targets[counted] - 1)
+    # A row counts from its start, without holes, so that its carry has read what comes before.
+    for row, count in zip(inputs, counted.sum(axis=1), strict=True):
+        np.testing.assert_array_equal(row[:count], row[0] + np.arange(count))
+    assert (np.sort(counted)[:, ::-1] == counted).all()
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=ids)
+def test_batches_have_the_dtypes_that_are_promised(split):
+    tokens = type(split) is not Examples
+    for batch in (split.batch(0, 4, 0), split.evaluation(4)[0], every(split.evaluation(4))[-1]):
+        assert batch["weights"].dtype == np.float32
+        assert not tokens or batch["inputs"].dtype == batch["targets"].dtype == np.int32
+        assert "reset" not in batch or batch["reset"].dtype == bool
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=ids)
+def test_evaluation_is_a_sequence_with_an_end(split):
+    batches = split.evaluation(4)
+    assert len(list(itertools.islice(batches, 99))) == len(batches)
+    for outside in (-1, len(batches)):
+        with pytest.raises(IndexError):
+            batches[outside]
+    assert all(map(same, splits.prefetched(batches), batches))
+    assert len(list(splits.prefetched(batches))) == len(batches)
+
+
+@pytest.mark.parametrize(
+    ("split", "examples"),
+    [(rows(7), 7), (Windows(np.arange(9), 4), 8), (Streams(np.arange(9), 4), 8)],
+)
+def test_length_is_the_examples_that_evaluation_counts(split, examples):
+    assert len(split) == examples == sum(b["weights"].sum() for b in every(split.evaluation(3)))
+
+
+class Asked:
+    """A split that keeps what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def batch(self, step, batch_size, seed):
+        self.calls.append((step, batch_size, seed))
+        return {"inputs": np.array([step])}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (17, 29), (4, 4)])
+def test_training_asks_for_its_own_steps_only(start, stop):
+    split = Asked()
+    steps = [int(b["inputs"][0]) for b in splits.training(split, 8, 3, start, stop)]
+    assert steps == list(range(start, stop))
+    assert sorted(set(split.calls)) == [(step, 8, 3) for step in range(start, stop)]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=ids)
+def test_training_from_a_step_is_the_tail_of_training(split):
+    whole = list(splits.training(split, 4, 0, 0, 12))
+    tail = list(splits.training(split, 4, 0, 5, 12))
+    assert len(tail) == 7
+    assert all(map(same, tail, whole[5:]))
+
+
+@pytest.mark.parametrize(
+    ("split", "largest", "message"),
+    [
+        (rows(7), 7, "batch_size 8 exceeds the 7 training examples"),
+        (Streams(np.arange(41), 5), 8, "41 tokens: 9 streams of at least 5 need 46"),
+    ],
+)
+def test_check_says_how_much_is_needed(split, largest, message):
+    split.check(largest)
+    with pytest.raises(UserError, match=message):
+        split.check(largest + 1)
+
+
+def test_check_of_windows_says_how_much_is_needed():
+    Windows(np.arange(6), 5).check(100)
+    with pytest.raises(UserError, match="5 tokens: a window of 5 needs 6"):
+        Windows(np.arange(5), 5).check(1)
+
+
+def test_fingerprint_tells_data_apart_and_nothing_else():
+    x, y = np.arange(6, dtype=np.int32), np.ones((2, 3), np.float32)
+
+    def mark(train=(("inputs", x), ("targets", y)), name="train"):
+        return splits.fingerprint({name: Examples(dict(train)), "test": rows(3)})
+
+    changed = x.copy()
+    changed[5] += 1
+    marks = [
+        mark(),
+        mark(name="training"),
+        mark((("inputs", changed), ("targets", y))),
+        mark((("inputs", x.view(np.uint32)), ("targets", y))),
+        mark((("inputs", x.astype(np.int64)), ("targets", y))),
+        mark((("inputs", x.reshape(2, 3)), ("targets", y))),
+        mark((("inputs", x.reshape(3, 2)), ("targets", y))),
+        mark((("images", x), ("targets", y))),
+        mark((("inputs", y), ("targets", x))),
+        mark((("inputs", x),)),
+        splits.fingerprint({"test": Examples({"inputs": x, "targets": y}), "train": rows(3)}),
+    ]
+    assert len(set(marks)) == len(marks)
+    assert (
+        mark()
+        == mark((("targets", y), ("inputs", x)))
+        == mark((("inputs", x.copy()), ("targets", y)))
+    )
+    assert mark() == mark((("inputs", x), ("targets", np.asfortranarray(y))))
+    train, test = Examples({"inputs": x, "targets": y}), rows(3)
+    assert mark() == splits.fingerprint({"test": test, "train": train})
+
+
+@pytest.mark.parametrize("kind", [Windows, Streams])
+def test_fingerprint_of_tokens(kind):
+    tokens = np.arange(9, dtype=np.int32)
+    marks = {splits.fingerprint({"train": kind(t, 4)}) for t in (tokens, tokens[:-1], tokens + 1)}
+    assert len(marks) == 3

@@ -1,0 +1,256 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from research import UserError, checkpoint, parallel, record, train
+from research.experiment import EarlyStop, Target
+from research.models.mlp import MLPConfig
+from research.parallel import Parallel
+from research.setup import prepare
+
+FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.norm]
+ONE, EIGHT = tiny.ONE, jax.devices()
+
+
+def bits(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(family, tmp_path):
+    first, again, other = (
+        tiny.final_state(family(seed=seed), tmp_path / name)
+        for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert bits(first) == bits(again)
+    assert tiny.rows(tmp_path / "a") == tiny.rows(tmp_path / "b")
+    assert bits(first.params) != bits(other.params)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resumed_equals_uninterrupted_bit_for_bit(family, tmp_path):
+    asked = {"ema": 0.9, "eval_every": 4, "early_stop": EarlyStop(patience=9)}
+    whole = tiny.final_state(family(steps=12, **asked), tmp_path / "whole")
+    tiny.final_state(family(steps=5, **asked), tmp_path / "parts")
+    parts = tiny.final_state(family(steps=12, save_every=7, **asked), tmp_path / "parts")
+    assert bits(whole) == bits(parts)
+    last = [row for row in tiny.rows(tmp_path / "parts") if row["step"] > 5]
+    assert last == [row for row in tiny.rows(tmp_path / "whole") if row["step"] > 5]
+    seen = [(row["step"], row["split"]) for row in tiny.rows(tmp_path / "parts")]
+    assert len(seen) == len(set(seen))
+    assert "continued with steps = 12, before 5" in (tmp_path / "parts/log.txt").read_text()
+
+
+def test_rows_after_the_checkpoint_of_a_crash_are_replaced(tmp_path, monkeypatch):
+    tiny.final_state(tiny.mlp(), tmp_path / "whole")
+    batch = parallel.put
+    seen = []
+
+    def crash(*args):
+        seen.append(args)
+        if len(seen) > 11:  # one more than steps: the step is compiled with a batch
+            raise KeyboardInterrupt
+        return batch(*args)
+
+    experiment = tiny.mlp(save_every=4)
+    setup = prepare(experiment, ONE)
+    monkeypatch.setattr(train.parallel, "put", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(setup, tmp_path / "run", quiet=True)
+    assert tiny.rows(tmp_path / "run")[-1]["step"] == 9
+    monkeypatch.setattr(train.parallel, "put", batch)
+    tiny.final_state(experiment, tmp_path / "run")
+    assert tiny.rows(tmp_path / "run") == tiny.rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_eight_devices_compute_what_one_does(family, fsdp, tmp_path):
+    experiment = family(optimizer=tiny.sgd(0.1, clip_norm=1.0), ema=0.5)
+    one = tiny.final_state(experiment, tmp_path / "one")
+    spread = dataclasses.replace(experiment, parallel=Parallel(fsdp=fsdp))
+    eight = tiny.final_state(spread, tmp_path / "eight", EIGHT)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, eight)
+    losses = [[row["loss"] for row in tiny.rows(tmp_path / name)] for name in ("one", "eight")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_run_moves_to_other_devices(tmp_path):
+    tiny.final_state(tiny.mlp(steps=6), tmp_path)
+    state = tiny.final_state(tiny.mlp(steps=12, parallel=Parallel(fsdp=8)), tmp_path, EIGHT)
+    assert state.step == 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_falls(family, tmp_path):
+    tiny.final_state(family(steps=40), tmp_path)
+    losses = [row["loss"] for row in tiny.rows(tmp_path) if row["split"] == "train"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+
+
+@pytest.mark.parametrize(("batch_size", "examples"), [(None, 64), (16, 16), (1, 1)])
+def test_full_batch_mini_batch_and_single_example(batch_size, examples, tmp_path, monkeypatch):
+    sizes = []
+    put = parallel.put
+    monkeypatch.setattr(
+        train.parallel, "put", lambda b, mesh: (sizes.append(len(b["inputs"])), put(b, mesh))[1]
+    )
+    setup = prepare(tiny.mlp(batch_size=batch_size, steps=3), ONE)
+    train.train(setup, tmp_path, quiet=True)
+    assert sizes[:3] == [examples] * 3
+
+
+def test_one_sgd_step_is_the_gradient_by_hand(tmp_path):
+    state = tiny.final_state(tiny.scale(steps=1, optimizer=tiny.sgd(0.1)), tmp_path)
+    x = tiny.Identity().load()["train"].rows["inputs"]
+    gradient = (2 * (0.5 * x - 2 * x) * x).mean(0) / 5  # of the mean over 16 rows of 5
+    np.testing.assert_allclose(state.params["w"], 0.5 - 0.1 * gradient, rtol=1e-6)
+    row = tiny.rows(tmp_path)[0]
+    np.testing.assert_allclose(row["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
+    np.testing.assert_allclose(row["loss"], ((1.5 * x) ** 2).mean(), rtol=1e-6)
+    assert row["learning_rate"] == np.float32(0.1)
+
+
+def test_penalties_join_the_gradient_and_not_the_reported_loss(tmp_path):
+    plain, l1, l2 = (
+        (tiny.final_state(tiny.scale(steps=1, optimizer=o), tmp_path / n), tiny.rows(tmp_path / n))
+        for n, o in [
+            ("plain", tiny.sgd(0.1)),
+            ("l1", tiny.sgd(0.1, l1=0.3)),
+            ("l2", tiny.sgd(0.1, l2=0.3)),
+        ]
+    )
+    moved = plain[0].params["w"]
+    np.testing.assert_allclose(l1[0].params["w"], moved - 0.1 * 0.3, rtol=1e-5)
+    np.testing.assert_allclose(l2[0].params["w"], moved - 0.1 * 0.3 * 0.5, rtol=1e-5)
+    assert plain[1][0]["loss"] == l1[1][0]["loss"] == l2[1][0]["loss"]
+
+
+def test_the_moving_average_is_that_of_the_parameters(tmp_path):
+    setup = prepare(tiny.scale(ema=0.75, optimizer=tiny.sgd(0.1)), ONE)
+    step, state = setup.step(), setup.initial()
+    average = np.full(5, 0.5)
+    for i in range(3):
+        batch = setup.splits["train"].batch(i, 16, 0)
+        state, _ = step(state, parallel.put(batch, setup.mesh), setup.root)
+        average = 0.75 * average + 0.25 * np.asarray(state.params["w"])
+    np.testing.assert_allclose(state.ema["w"], average, rtol=1e-6)
+    found = setup.evaluate(state, "validation")
+    assert found["validation"]["loss"] < found["validation_ema"]["loss"]
+
+
+def test_running_statistics_are_state_and_evaluation_uses_them(tmp_path):
+    setup = prepare(tiny.norm(batch_size=None, steps=1, optimizer=tiny.sgd(0.0)), ONE)
+    state = setup.initial()
+    x = setup.splits["train"].rows["inputs"]
+    batch = parallel.put(setup.splits["train"].batch(0, 64, 0), setup.mesh)
+    state, _ = setup.step()(state, batch, setup.root)
+    mean, variance = 0.5 * x.mean(0), 0.5 + 0.5 * x.var(0)  # momentum 0.5 from 0 and 1
+    np.testing.assert_allclose(state.model_state["norm"]["mean"], mean, atol=1e-6)
+    np.testing.assert_allclose(state.model_state["norm"]["var"], variance, rtol=1e-5)
+    rows = setup.splits["validation"].rows
+    head = jax.device_get(state.params["head"])
+    logits = (rows["inputs"] - mean) / np.sqrt(variance + 1e-5) @ head["kernel"] + head["bias"]
+    right = (logits.argmax(1) == rows["targets"]).mean()
+    found = setup.evaluate(state, "validation")["validation"]["accuracy"]
+    assert found == pytest.approx(right)
+
+
+def test_buffers_are_donated():
+    setup = prepare(tiny.mlp(), ONE)
+    state = setup.initial()
+    kept = jax.tree.leaves(state)
+    setup.step()(state, setup.example()[1], setup.root)
+    assert all(leaf.is_deleted() for leaf in kept)
+
+
+def test_metrics_of_a_step_are_fetched_while_the_next_one_runs(tmp_path, monkeypatch):
+    events = []
+    put = parallel.put
+    setup = prepare(tiny.mlp(steps=4), ONE)
+    monkeypatch.setattr(setup.__class__, "evaluate", lambda *_: {"validation": {"loss": 0.0}})
+    monkeypatch.setattr(train.parallel, "put", lambda *a: (events.append("start"), put(*a))[1])
+    monkeypatch.setattr(record.Recorder, "progress", lambda _, step, loss: events.append(step))
+    train.train(setup, tmp_path, quiet=True)
+    # The first start is the batch that the step is compiled with.
+    assert events[1:] == ["start", "start", 1, "start", 2, "start", 3, 4]
+
+
+def test_an_accidental_transfer_in_the_loop_is_an_error(tmp_path, monkeypatch):
+    setup = prepare(tiny.mlp(), ONE)
+    example = setup.example()
+    monkeypatch.setattr(setup.__class__, "example", lambda _: example)
+    monkeypatch.setattr(train.parallel, "put", lambda batch, mesh: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train.train(setup, tmp_path, quiet=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tmp_path):
+    setup = prepare(tiny.mlp(data=tiny.Points(bad=True), batch_size=64), ONE)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+        train.train(setup, tmp_path, quiet=True)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_early_stopping_ends_the_run_for_good(tmp_path):
+    stop = EarlyStop(patience=2, metric="accuracy", goal="max")
+    experiment = tiny.mlp(steps=50, eval_every=3, early_stop=stop, optimizer=tiny.sgd(0.0))
+    state = tiny.final_state(experiment, tmp_path)
+    assert state.step == 9  # the first evaluation is the best, and two do not improve on it
+    assert train.run.summary(tmp_path).early
+    (tmp_path / "summary.json").unlink()
+    assert tiny.final_state(experiment, tmp_path).step == 9
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    target = Target(metric="accuracy", value=0.0, split="validation")
+    first = train.train(prepare(tiny.mlp(target=target), ONE), tmp_path, quiet=True)
+    assert first.met
+    monkeypatch.setattr(checkpoint, "Checkpoints", None)
+    setup = prepare(tiny.mlp(target=dataclasses.replace(target, value=1.01)), ONE)
+    again = train.train(setup, tmp_path, quiet=True)
+    assert again.met is False
+    assert again.metrics == first.metrics
+
+
+def test_the_carry_is_saved_and_matters(tmp_path):
+    state = tiny.final_state(tiny.lstm(steps=6), tmp_path)
+    assert np.abs(state.carry[0][1]).max() > 0
+    assert state.carry[0][1].shape == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        (
+            tiny.mlp(model=MLPConfig(features=4, sizes=(3,))),
+            r"the model does not take the data's inputs, float32\[16, 5\]",
+        ),
+        (
+            tiny.mlp(model=MLPConfig(features=5, sizes=(2,))),
+            "train: targets run from 0 to 2, and the model gives 2 logits",
+        ),
+        (tiny.mlp(batch_size=65), "batch_size 65 exceeds the 64 training examples"),
+        (tiny.mlp(batch_size=12), "batch_size 12 does not divide over 8 devices"),
+        (tiny.mlp(eval_split="test"), "the data has no split 'test'; known: train, validation"),
+        (
+            tiny.mlp(target=Target(metric="acuracy", value=1.0, split="train")),
+            "target.metric: no metric 'acuracy'; did you mean accuracy?",
+        ),
+        (
+            tiny.mlp(eval_every=1, early_stop=EarlyStop(patience=1, metric="mse")),
+            "early_stop.metric: no metric 'mse'; known: accuracy, loss",
+        ),
+        (
+            tiny.transformer(data=tiny.Words(stream=True)),
+            "Transformer keeps no state between batches",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_said_before_anything_is_made(experiment, message):
+    with pytest.raises(UserError, match=message):
+        prepare(experiment)
