@@ -1,4 +1,12 @@
-"""CNN on the handwritten digits, each pixel enlarged to 2x2."""
+"""CNN on the handwritten digits, each pixel enlarged to 2x2.
+
+    for k in 0 1 2; do
+        python scripts/train.py configs/cnn_digits.py --seed $k --workdir runs/cnn_$k
+    done
+
+Three seeds: test accuracy 98.9%, 99.4%, 99.2%; mean 99.2, standard deviation 0.3; target 98.5%. One
+run takes 20 s on 2 CPU cores.
+"""
 
 from research.data.bundled import Digits
 from research.experiment import Experiment, Target

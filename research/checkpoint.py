@@ -39,12 +39,11 @@ class Checkpoints:
 
         state: a dataclass of pytrees; seconds: what the run has spent in steps.
         """
-        if step not in self._manager.all_steps():
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(_fields(state)),
-                progress=ocp.args.JsonSave({"seconds": seconds}),
-            )
-            self._manager.save(step, args=args)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_fields(state)),
+            progress=ocp.args.JsonSave({"seconds": seconds}),
+        )
+        self._manager.save(step, args=args)
 
     def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, float]:
         """The state saved at a step, each array placed by its sharding, and its seconds."""
@@ -78,9 +77,7 @@ def read(path: pathlib.Path, step: int | None, abstract: Any, shardings: Any) ->
 
 
 def _fields(state: Any) -> dict[str, Any]:
-    """Only what is there: Orbax refuses a tree without leaves."""
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
 
 
 class Stop:

@@ -63,7 +63,7 @@ def place(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, spec in rules:
             if re.search(pattern, name):
                 return NamedSharding(mesh, P(*[None] * (leaf.ndim - len(spec)), *spec))

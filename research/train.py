@@ -105,7 +105,8 @@ def train(
     profile: steps to trace for xprof, after two that warm up. quiet: print nothing.
 
     Raises UserError before anything is created where `workdir` holds another run, and
-    FloatingPointError where the loss is not finite. On SIGTERM or SIGINT it saves and raises SystemExit.
+    FloatingPointError where the loss is not finite. On SIGTERM or SIGINT it saves and raises
+    SystemExit.
     """
     e = setup.experiment
     news = run.check(workdir, e, setup.fingerprint)
@@ -118,9 +119,10 @@ def train(
         clock = timing.Clock()
         with clock.aside("compile"):
             step_fn = setup.step().lower(*setup.example()).compile()
-            state = setup.initial()
-        if start:
-            state, before = saved.restore(start, setup.abstract, setup.shardings)
+            if start:
+                state, before = saved.restore(start, setup.abstract, setup.shardings)
+            else:
+                state = setup.initial()
         flops = compute.xla_flops(step_fn)
         log = stack.enter_context(run.recorder(workdir, e, start, flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))

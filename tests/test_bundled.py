@@ -40,9 +40,15 @@ def test_splits_are_stratified_shares(source, labels):
 
 @pytest.mark.parametrize("source", [Digits, BreastCancer])
 def test_split_seed_decides_the_splits(source):
-    marks = [fingerprint(source(split=seed).load()) for seed in (0, 0, 1)]
-    assert marks[0] == marks[1] != marks[2]
-    assert fingerprint(source().load()) == marks[0]
+    first, again, default, other = (
+        source(**k).load() for k in ({"split": 0},) * 2 + ({}, {"split": 1})
+    )
+    for name in SHARES:
+        mark, *same, changed = (
+            fingerprint({name: d[name]}) for d in (first, again, default, other)
+        )
+        assert same == [mark, mark]
+        assert changed != mark
 
 
 @pytest.mark.parametrize("split", [0, 7])

@@ -42,13 +42,15 @@ def numbers(seed: int) -> State:
     params = {
         "layers": {i: {"kernel": kernel()} for i in range(12)},
         "half": rng.normal(size=(16,)).astype(ml_dtypes.bfloat16),
+        "counts": rng.integers(2**31, size=(5,), dtype=np.int32),
+        "flags": np.array([True, False]),
         "odd": np.array([np.nan, -0.0, np.inf, 1e-45], np.float32),
     }
     return State(
         step=np.int32(seed),
         params=params,
         model_state={},
-        opt_state=optax.adam(1e-3).init(jax.tree.map(jnp.asarray, params)),
+        opt_state=optax.adam(1e-3).init(jnp.asarray(params["half"])),
         ema=None,
     )
 
@@ -100,8 +102,13 @@ def test_what_is_restored_is_what_was_saved(tmp_path, before, after):
         assert leaf.sharding.is_equivalent_to(parallel.place(leaf, after), leaf.ndim)
 
 
-@pytest.mark.parametrize("transformation", [optax.sgd(0.1), optax.identity()])
-def test_an_empty_optimizer_state(tmp_path, transformation):
+MASK = {"layers": True, "half": False, "counts": False, "flags": False, "odd": False}
+
+
+@pytest.mark.parametrize(
+    "transformation", [optax.sgd(0.1), optax.identity(), optax.masked(optax.adam(0.1), MASK)]
+)
+def test_optimizer_states_with_nothing_in_places(tmp_path, transformation):
     state = numbers(1)
     state = dataclasses.replace(
         state, opt_state=transformation.init(state.params), ema=state.params

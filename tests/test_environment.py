@@ -1,6 +1,7 @@
 """What a run says it ran on, and from which commit."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ from research import environment
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A folder with a copy of the source, as far as `revision` knows."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)  # a hook's GIT_DIR would lead to the real repository
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     folder = tmp_path / "checkout" / "research"
     folder.mkdir(parents=True)
@@ -25,16 +29,9 @@ def source(tmp_path, monkeypatch):
 
 
 def git(folder, *args):
-    name = [
-        "-c",
-        "user.name=test",
-        "-c",
-        "user.email=test@example.com",
-        "-c",
-        "commit.gpgsign=false",
-    ]
-    result = subprocess.run(["git", "-C", folder, *name, *args], check=True, capture_output=True)
-    return result.stdout.decode().strip()
+    command = ["git", "-C", folder, "-c", "user.name=test", "-c", "user.email=test@example.com"]
+    result = subprocess.run([*command, *args], check=True, capture_output=True, text=True)
+    return result.stdout.strip()
 
 
 def commit(folder):

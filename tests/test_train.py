@@ -254,3 +254,18 @@ def test_the_carry_is_saved_and_matters(tmp_path):
 def test_what_does_not_fit_together_is_said_before_anything_is_made(experiment, message):
     with pytest.raises(UserError, match=message):
         prepare(experiment)
+
+
+def test_a_checkpoint_is_the_state_of_its_step_although_the_next_step_overwrites_it(tmp_path):
+    wide = MLPConfig(features=5, sizes=(700, 700, 3))
+    experiment = tiny.mlp(model=wide, steps=5, save_every=1, keep=9)
+    setup = prepare(experiment, ONE)
+    train.train(setup, tmp_path, quiet=True)
+    state = setup.initial()
+    step = jax.jit(lambda *args: train.train_step(setup, *args))  # nothing is donated
+    for i in range(5):
+        batch = parallel.put(setup.splits["train"].batch(i, 16, 0), setup.mesh)
+        state, _ = step(state, batch, setup.root)
+        path = tmp_path / "checkpoints"
+        _, saved = checkpoint.read(path, i + 1, setup.abstract, setup.shardings)
+        jax.tree.map(np.testing.assert_array_equal, state, saved)

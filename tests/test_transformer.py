@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from research.models.transformer import Layer, TransformerConfig, _rotate
+from research.models.transformer import TransformerConfig, _rotate
 
 GPT2 = TransformerConfig(vocab=11, context=6, layers=2, heads=4, width=16)
 LLAMA = dataclasses.replace(
@@ -188,10 +189,9 @@ DROPPED = dataclasses.replace(LLAMA, dropout=0.3)
 KEY = jax.random.key(1)
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_scanned_layers_start_as_the_unrolled_ones(config):
-    scanned = initial(dataclasses.replace(config, scan=True))
-    jax.tree.map(np.testing.assert_array_equal, scanned, stacked(initial(config)))
+def test_scanned_layers_start_as_the_unrolled_ones():
+    scanned = initial(dataclasses.replace(GPT2, scan=True))
+    jax.tree.map(np.testing.assert_array_equal, scanned, stacked(initial(GPT2)))
 
 
 @pytest.mark.parametrize(
@@ -206,13 +206,20 @@ def test_scanned_layers_compute_what_the_unrolled_ones_do(config, key):
     jax.tree.map(close, scanned_grads, stacked(grads))
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("full", True), ("dots", True), ("full", False)])
-def test_rematerialising_changes_no_number(remat, scan):
-    config = dataclasses.replace(DROPPED, scan=scan)
-    again = dataclasses.replace(config, remat=remat)
-    params = stacked(initial(LLAMA)) if scan else initial(LLAMA)
-    expected = gradients(config, params, TOKENS, KEY)
-    jax.tree.map(close, gradients(again, params, TOKENS, KEY), expected)
+@pytest.mark.parametrize(
+    ("remat", "scan", "config", "key"),
+    [
+        ("full", False, GPT2, None),
+        ("full", True, DROPPED, KEY),
+        ("dots", True, GPT2, None),
+    ],
+)
+def test_rematerialising_changes_no_number(remat, scan, config, key):
+    params = initial(dataclasses.replace(config, dropout=0.0))
+    params = stacked(params) if scan else params
+    expected = gradients(dataclasses.replace(config, scan=scan), params, TOKENS, key)
+    again = dataclasses.replace(config, scan=scan, remat=remat)
+    jax.tree.map(close, gradients(again, params, TOKENS, key), expected)
 
 
 def count(jaxpr, primitive):
@@ -281,40 +288,27 @@ def zeros_of(module):
     return jax.tree.map(lambda p: jnp.zeros(p.shape), nnx.to_pure_dict(nnx.state(module)))
 
 
-def test_a_layer_drops_each_branch_by_a_mask_of_its_own():
+def test_each_branch_of_each_layer_is_dropped_by_a_mask_of_its_own():
     config = dataclasses.replace(GPT2, dropout=0.5)
-    layer = nnx.eval_shape(lambda: Layer(config, nnx.Rngs(params=jax.random.key(0))))
-    params = zeros_of(layer)
-    params["attention"]["out"]["bias"] += 1
-    params["mlp"]["down"]["bias"] += 10
-    layer = nnx.merge(nnx.graphdef(layer), params)
-    layer.train()
-    y = jax.jit(lambda: layer(jnp.zeros((16, 16, 16)), nnx.Rngs(dropout=KEY)))()
-    values, counts = np.unique(y, return_counts=True)
-    assert values.tolist() == [0, 2, 20, 22]
-    np.testing.assert_allclose(counts / y.size, 1 / 4, atol=0.03)
-
-
-def test_each_layer_draws_its_own_masks():
-    config = dataclasses.replace(GPT2, dropout=0.5)
+    params = zeros_of(abstract(config))
+    for n in range(2):  # layer 0 adds 1 and 10 to the stream, layer 1 adds 100 and 1000
+        params["layers"][n]["attention"]["out"]["bias"] += 100.0**n
+        params["layers"][n]["mlp"]["down"]["bias"] += 10 * 100.0**n
 
     @jax.jit
-    def draw(params):
+    def draw():
         model = nnx.merge(nnx.graphdef(abstract(config)), params)
         model.train()
-        return model._layers(jnp.zeros((2, 6, 16)), nnx.Rngs(dropout=KEY))
+        return model._layers(jnp.zeros((32, 16, 16)), nnx.Rngs(dropout=KEY))
 
-    drawn = []
-    for n in range(2):  # the attention of layer n alone adds ones to the stream
-        params = zeros_of(abstract(config))
-        params["layers"][n]["attention"]["out"]["bias"] += 1
-        drawn.append(draw(params))
-    assert all(set(np.unique(y)) == {0, 2} for y in drawn)
-    assert 0.3 < np.mean(drawn[0] != drawn[1]) < 0.7
+    values, counts = np.unique(draw(), return_counts=True)
+    subsets = itertools.product([0, 2000], [0, 200], [0, 20], [0, 2])
+    assert values.tolist() == [sum(kept) for kept in subsets]
+    np.testing.assert_allclose(counts / counts.sum(), 1 / 16, atol=0.015)
 
 
 def test_the_embedding_is_dropped():
-    config = dataclasses.replace(LLAMA, vocab=16, dropout=0.5)
+    config = dataclasses.replace(LLAMA, vocab=16, dropout=0.5, layers=1)
     params = zeros_of(abstract(config))
     params["embed"]["embedding"] += 1
     params["norm"]["scale"] += 1
