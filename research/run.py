@@ -38,8 +38,10 @@ class Summary:
     """Of the last session; None where it took no step."""
     apart: dict[str, float]
     """Seconds of the last session outside steps: compile, evaluate, save."""
-    flops_per_step: float | None
-    """XLA's count for one device, elementwise operations included; None: unavailable."""
+    flops_per_step: int
+    """Model FLOPs over all devices: matrix products and convolutions, 2 a multiply-add."""
+    flops_qualifier: str
+    """exact, lower bound, upper bound or estimated."""
     target: str | None = None
     reached: float | None = None
     """The target metric's value."""
@@ -112,9 +114,7 @@ def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str) -> No
         write(workdir, "config.json", experiments.dumps(experiment))
 
 
-def recorder(
-    workdir: pathlib.Path, e: Experiment, step: int, flops: float | None, quiet: bool
-) -> Recorder:
+def recorder(workdir: pathlib.Path, e: Experiment, step: int, flops: int, quiet: bool) -> Recorder:
     """The run's recorder, from a step on; rows of later steps, of a crash, are dropped."""
     first = jax.process_index() == 0
     if first:
@@ -197,7 +197,9 @@ def table(summaries: Sequence[Summary]) -> str:
 
 def _row(s: Summary) -> tuple[str, ...]:
     rate = "unavailable" if s.steps_per_second is None else f"{s.steps_per_second:.4g}"
-    flops = "unavailable" if s.flops_per_step is None else f"{s.flops_per_step:.4g}"
+    flops = f"{s.flops_per_step:.4g}" + (
+        "" if s.flops_qualifier == "exact" else f" ({s.flops_qualifier})"
+    )
     reached = "" if s.reached is None else f"{s.reached:.4f}"
     verdict = "" if s.met is None else "met" if s.met else "MISSED"
     return (

@@ -118,13 +118,14 @@ def train(
         start, before = saved.latest() or 0, 0.0
         clock = timing.Clock()
         with clock.aside("compile"):
-            step_fn = setup.step().lower(*setup.example()).compile()
+            traced = setup.step().trace(*setup.example())
+            cost = compute.count(traced)
+            step_fn = traced.lower().compile()
             if start:
                 state, before = saved.restore(start, setup.abstract, setup.shardings)
             else:
                 state = setup.initial()
-        flops = compute.xla_flops(step_fn)
-        log = stack.enter_context(run.recorder(workdir, e, start, flops, quiet))
+        log = stack.enter_context(run.recorder(workdir, e, start, cost.model_flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
         asked = stack.enter_context(checkpoint.stop_requested())
         for line in news:
@@ -199,7 +200,8 @@ def train(
         seconds=before + clock.seconds,
         steps_per_second=trained / clock.seconds if trained else None,
         apart=clock.apart,
-        flops_per_step=flops,
+        flops_per_step=cost.model_flops,
+        flops_qualifier=cost.qualifier,
     )
     return run.finish(workdir, summary, e.target)
 

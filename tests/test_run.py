@@ -118,18 +118,24 @@ def test_table():
         seconds=12.34,
         steps_per_second=None,
         apart={},
-        flops_per_step=None,
+        flops_per_step=1500000000,
+        flops_qualifier="exact",
         target="test accuracy >= 0.9",
         reached=0.8,
         met=False,
     )
     head, _, first, second = run.table(
-        [row, dataclasses.replace(row, met=True, flops_per_step=1.5e9, steps_per_second=20.0)]
+        [
+            row,
+            dataclasses.replace(
+                row, met=True, flops_qualifier="upper bound", steps_per_second=20.0
+            ),
+        ]
     ).splitlines()
     assert head.split()[:3] == ["model", "parameters", "data"]
     assert first.split()[0:3] == ["lstm", "1,234,567", "Words"]
-    assert first.split()[-5:] == ["0.8000", "MISSED", "12.3", "unavailable", "unavailable"]
-    assert second.split()[-5:] == ["0.8000", "met", "12.3", "20", "1.5e+09"]
+    assert first.split()[-5:] == ["0.8000", "MISSED", "12.3", "unavailable", "1.5e+09"]
+    assert second.split()[-6:] == ["met", "12.3", "20", "1.5e+09", "(upper", "bound)"]
 
 
 def test_judging_without_a_target(finished):
