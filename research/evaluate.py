@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from research import parallel
 from research.data import splits
+from research.modules import merged
 
 
 class Evaluator:
@@ -20,9 +21,8 @@ class Evaluator:
 
         @jax.jit
         def step(params: Any, model_state: Any, carry: Any, batch: Any) -> Any:
-            model = nnx.merge(graph, params, model_state, copy=True)
-            model.eval()
-            return task(model, batch, None, carry)[1]
+            with merged(graph, params, model_state, training=False) as model:
+                return task(model, batch, None, carry)[1]
 
         self.step = step
 

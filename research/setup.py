@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.experiment import Experiment, did_you_mean
+from research.modules import merged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,9 +143,8 @@ def _trace(setup: Setup, batch: splits.Batch) -> tuple[jax.ShapeDtypeStruct, lis
     task = setup.experiment.task
 
     def call(state: train.State, batch: Any) -> Any:
-        model = nnx.merge(setup.graph, state.params, state.model_state, copy=True)
-        model.eval()
-        return task.outputs(model, batch, None, state.carry)[0]
+        with merged(setup.graph, state.params, state.model_state, training=False) as model:
+            return task.outputs(model, batch, None, state.carry)[0]
 
     try:
         outputs = jax.eval_shape(call, setup.abstract, batch)

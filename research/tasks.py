@@ -121,11 +121,14 @@ class Classify(Task):
 class NextToken(Classify):
     """Cross-entropy of the next token at every step; targets [B, T], logits [B, T, vocab]."""
 
+    unit: str = "token"
+    """What a token is, for the name of the metric: bits_per_character, bits_per_word."""
+
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds bits a token (a character, where tokens are characters) and perplexity."""
+        """Adds bits a token, under the name of its unit, and perplexity."""
         loss = means["loss"]
         perplexity = math.exp(min(loss, 700.0))
-        return means | {"bits_per_token": loss / math.log(2), "perplexity": perplexity}
+        return means | {f"bits_per_{self.unit}": loss / math.log(2), "perplexity": perplexity}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

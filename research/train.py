@@ -14,6 +14,7 @@ from flax import nnx
 from research import checkpoint, compute, parallel, run, timing
 from research.data import splits
 from research.evaluate import mean
+from research.modules import merged, variables
 from research.tasks import Mean
 
 if TYPE_CHECKING:
@@ -37,12 +38,6 @@ class State:
     """The moving average of the parameters."""
     stop: Any
     """Early stopping: the best value so far, and the evaluations since."""
-
-
-def variables(model: nnx.Module) -> tuple[Any, Any]:
-    """A module's parameters and its other variables, as plain dictionaries of arrays."""
-    states: Any = nnx.split(model, nnx.Param, ...)[1:]
-    return nnx.to_pure_dict(states[0]), nnx.to_pure_dict(states[1])
 
 
 def init(setup: "Setup", root: jax.Array) -> State:
@@ -69,9 +64,8 @@ def train_step(
     key = jax.random.fold_in(root, state.step)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
-        model = nnx.merge(setup.graph, params, state.model_state, copy=True)
-        model.train()
-        loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), state.carry)
+        with merged(setup.graph, params, state.model_state, training=True) as model:
+            loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), state.carry)
         _, model_state = variables(model)
         return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
 

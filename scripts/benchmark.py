@@ -33,7 +33,7 @@ def print_ngram(argv: list[str]) -> None:
     for order in orders:
         print(f"{order:<24}" + "".join(f"{column[order]:14.3f}" for column in columns))
     for model in models:
-        print(f"{model.name:24}{model.metrics['validation']['bits_per_token']:14.3f}")
+        print(f"{model.name:24}{model.metrics['validation']['bits_per_character']:14.3f}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,13 @@ def test_dropout_stands_before_the_dense_layer_and_before_the_classes():
     assert np.mean(y > 0) == pytest.approx((1 - rate) ** 2, abs=0.04)
 
 
+def test_kernels_start_at_he_normal():
+    config = CNNConfig(image=(4, 4, 16), classes=2, channels=(32,), dense=40)
+    model = config.make(nnx.Rngs(params=jax.random.key(0)))
+    for kernel, inputs in [(model.convs[0].kernel, 9 * 16), (model.dense.kernel, 2 * 2 * 32)]:
+        assert np.std(kernel[...]) == pytest.approx((2 / inputs) ** 0.5, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -145,6 +145,11 @@ def test_each_gate_starts_with_an_orthogonal_matrix_of_its_own():
             assert all(np.max(np.abs(gate - other)) > 0.1 for other in gates[:n])
 
 
+def test_embeddings_start_at_unit_deviation():
+    params = initial(LSTMConfig(vocab=200, width=16, outputs=2))
+    assert np.std(params["embed"]["embedding"]) == pytest.approx(1, rel=0.05)
+
+
 def test_an_output_depends_on_every_step_up_to_its_own_and_on_none_after():
     graph, params = scrambled(VECTORS)
     jacobian = jax.jit(jax.jacrev(lambda x: run(graph, params, x[None])[0]))(vectors(6, 3))

@@ -95,7 +95,8 @@ class Attention(nnx.Module):
         k_BTKh, v_BTKh = qkv_BTKCh[..., -2, :], qkv_BTKCh[..., -1, :]
         if self.rotary:
             q_BTNh, k_BTKh = _rotate(q_BTNh), _rotate(k_BTKh)
-        y_BTNh = jax.nn.dot_product_attention(q_BTNh, k_BTKh, v_BTKh, is_causal=True)
+        with jax.named_scope("causal"):  # half of these products are masked: the ledger says both
+            y_BTNh = jax.nn.dot_product_attention(q_BTNh, k_BTKh, v_BTKh, is_causal=True)
         return self.out(y_BTNh.reshape(batch, time, -1))
 
 
@@ -175,7 +176,10 @@ class Transformer(nnx.Module):
             x = x + self.positions(jnp.arange(time))[None]
         x = self._layers(self.dropout(x, rngs=rngs), rngs)
         x = self.norm(x)
-        return self.embed.attend(x) if self.output is None else self.output(x)
+        if self.output is not None:
+            return self.output(x)
+        with jax.named_scope("output"):
+            return self.embed.attend(x)
 
     def _layers(self, x_BTD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         """Applies the layers; each draws its dropout from a key of its own, scanned or not."""

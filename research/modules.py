@@ -1,0 +1,88 @@
+"""A module inside a traced function: put together, named, and taken apart again."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+Path = tuple[str, ...]
+
+
+def variables(model: nnx.Module) -> tuple[Any, Any]:
+    """A module's parameters and its other variables, as plain dictionaries of arrays."""
+    states: Any = nnx.split(model, nnx.Param, ...)[1:]
+    return nnx.to_pure_dict(states[0]), nnx.to_pure_dict(states[1])
+
+
+@contextlib.contextmanager
+def merged(
+    graph: nnx.GraphDef, params: Any, model_state: Any, *, training: bool
+) -> Iterator[Any]:
+    """The module, in its training or evaluation form, every submodule's call in its own scope."""
+    model: Any = nnx.merge(graph, params, model_state, copy=True)
+    if training:
+        model.train()
+    else:
+        model.eval()
+    with scopes(model):
+        yield model
+
+
+@contextlib.contextmanager
+def scopes(model: nnx.Module) -> Iterator[None]:
+    """Within, a call of a submodule runs under `jax.named_scope` of its path in the model.
+
+    Flax NNX names nothing by itself; profiles and the ledger read these names. A module that is
+    put together during the call, as the layers of a scan are, takes the path that modules of its
+    class have in common.
+    """
+    paths: dict[int, Path] = {}
+    by_class: dict[type, Path] = {}
+    owners: dict[Any, Any] = {}
+    kept: list[nnx.Module] = []  # an id is only good while its object lives
+    active: list[tuple[nnx.Module, Path]] = []
+
+    def learn(root: nnx.Module, prefix: Path) -> None:
+        for path, module in nnx.iter_modules(root):
+            full = prefix + tuple(map(str, path))
+            paths[id(module)] = full
+            kept.append(module)
+            cls = type(module)
+            by_class[cls] = _common(by_class.get(cls, full), full)
+            owner: Any = next((c for c in cls.__mro__ if "__call__" in c.__dict__), None)
+            if owner is not None and owner not in owners:
+                owners[owner] = owner.__call__
+                owner.__call__ = wrap(owners[owner])
+
+    def wrap(call: Any) -> Any:
+        @functools.wraps(call)
+        def scoped(module: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            if active and active[-1][0] is module:  # super().__call__
+                return call(module, *args, **kwargs)
+            if id(module) not in paths:
+                learn(module, by_class.get(type(module), ()))
+            path, around = paths[id(module)], active[-1][1] if active else ()
+            inner = path[len(around) :] if path[: len(around)] == around else path[-1:]
+            active.append((module, path))
+            try:
+                with jax.named_scope("/".join(inner)) if inner else contextlib.nullcontext():
+                    return call(module, *args, **kwargs)
+            finally:
+                active.pop()
+
+        return scoped
+
+    try:
+        learn(model, ())
+        yield
+    finally:
+        for owner, call in owners.items():
+            owner.__call__ = call
+
+
+def _common(a: Path, b: Path) -> Path:
+    same = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[: next(same, min(len(a), len(b)))]
