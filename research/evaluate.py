@@ -34,7 +34,7 @@ class Evaluator:
         carry: any carry of the batch's size; the first batch resets it.
         """
         results = []
-        for batch in splits.prefetched(split.evaluation(batch_size)):
+        for batch in splits.prefetched(split.evaluation(batch_size), split.threads):
             metrics, carry = self.step(params, model_state, carry, parallel.put(batch, self.mesh))
             results.append(metrics)
         return self.task.summary(mean(jax.device_get(results)))

@@ -126,20 +126,22 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         optimizer=experiment.optimizer.make(),
         carries=carries,
     )
-    outputs, metrics = _trace(setup, batch)
-    for field, wanted in experiment.watched.items():
-        if wanted not in metrics:
-            raise UserError(f"{field}: no metric {wanted!r}{did_you_mean(wanted, metrics)}")
+    outputs = _outputs(setup, batch)
     for name, split in data.items():
         try:
             experiment.task.check(outputs, split.arrays())
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+    score = jax.eval_shape(experiment.task.score, outputs, batch)
+    metrics = list(experiment.task.summary(dict.fromkeys(score, 1.0)))
+    for field, wanted in experiment.watched.items():
+        if wanted not in metrics:
+            raise UserError(f"{field}: no metric {wanted!r}{did_you_mean(wanted, metrics)}")
     return setup
 
 
-def _trace(setup: Setup, batch: splits.Batch) -> tuple[jax.ShapeDtypeStruct, list[str]]:
-    """The shape of what the model gives for a batch, and the names of the task's metrics."""
+def _outputs(setup: Setup, batch: splits.Batch) -> jax.ShapeDtypeStruct:
+    """The shape of what the model gives for a batch."""
     task = setup.experiment.task
 
     def call(state: train.State, batch: Any) -> Any:
@@ -147,15 +149,13 @@ def _trace(setup: Setup, batch: splits.Batch) -> tuple[jax.ShapeDtypeStruct, lis
             return task.outputs(model, batch, None, state.carry)[0]
 
     try:
-        outputs = jax.eval_shape(call, setup.abstract, batch)
+        return jax.eval_shape(call, setup.abstract, batch)
     except (TypeError, ValueError) as error:
         given = batch["inputs"]
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the model does not take the data's inputs, {given.dtype}{list(given.shape)}: {reason}"
         ) from error
-    metrics = jax.eval_shape(task.score, outputs, batch)
-    return outputs, list(task.summary(dict.fromkeys(metrics, 1.0)))
 
 
 def find(data: Mapping[str, splits.Split], split: str) -> splits.Split:

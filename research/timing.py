@@ -21,6 +21,10 @@ class Clock:
         """Leaves out the time since the last lap."""
         self._mark = time.perf_counter()
 
+    @property
+    def since_lap(self) -> float:
+        return time.perf_counter() - self._mark
+
     def lap(self) -> None:
         """Adds the time since the last lap; the caller has waited for its step to end."""
         now = time.perf_counter()

@@ -155,8 +155,9 @@ def train(
             trace.before()
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, parallel.put(batch, setup.mesh), setup.root)
-                if pending is not None:
-                    report(*pending)  # of the step before, while this one runs
+                # Of the step before, while this one runs; not of every one where steps are short.
+                if pending and (due(pending[0], e.log_every) or clock.since_lap > 0.1):
+                    report(*pending)
             pending = step, metrics
             trace.after(metrics)
             to_evaluate, to_save = due(step, e.eval_every), due(step, e.save_every)

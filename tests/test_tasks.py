@@ -147,6 +147,10 @@ def test_bits_and_perplexity_follow_from_the_mean_loss():
     assert means == pytest.approx(
         {"loss": 2 * np.log(2), "accuracy": 0.5, "bits_per_token": 2, "perplexity": 4}
     )
+    characters = NextToken(unit="character").summary({"loss": np.log(2)})
+    assert characters == pytest.approx(
+        {"loss": np.log(2), "bits_per_character": 1, "perplexity": 2}
+    )
     assert np.isfinite(NextToken().summary({"loss": 1e5})["perplexity"])
     assert Classify().summary({"loss": 1.0}) == {"loss": 1.0}
 

@@ -135,9 +135,10 @@ def reference(config, params, tokens):
     return x @ (params["embed"]["embedding"].T if config.tied else params["output"]["kernel"])
 
 
+@pytest.mark.parametrize("start", [initial, scrambled])  # epsilon shows at initial, small values
 @every_variant
-def test_equals_numpy(config):
-    params = scrambled(config)
+def test_equals_numpy(config, start):
+    params = start(config)
     expected = reference(config, params, TOKENS)
     close(run(config, params, TOKENS), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -155,6 +156,12 @@ def test_llama_parameter_count():
     embed, norm, qkv, out, mlp = 11 * 16, 16, 16 * (4 + 2 + 2) * 4, 16 * 16, 3 * 16 * 24
     expected = 2 * embed + 2 * (2 * norm + qkv + out + mlp) + norm
     assert sum(p.size for p in jax.tree.leaves(nnx.state(abstract(LLAMA)))) == expected
+
+
+@every_variant
+def test_there_are_biases_where_they_are_asked_for(config):
+    paths = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(abstract(config))))
+    assert any("bias" in jax.tree_util.keystr(path) for path, _ in paths) == config.bias
 
 
 class Given(nnx.Module):
@@ -244,7 +251,7 @@ def test_rematerialising_recomputes_all_or_all_but_matrix_products(scan):
 
 def test_grouped_keys_are_plain_ones_with_each_key_head_repeated():
     plain = dataclasses.replace(LLAMA, kv_heads=None)
-    params = plain_params = scrambled(LLAMA)
+    params = scrambled(LLAMA)
 
     def repeat(kernel):
         q, k, v = jnp.split(kernel, [2, 3], axis=-2)  # [D, K, G, h], [D, K, 1, h] twice

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import grain
 import numpy as np
@@ -16,6 +16,9 @@ Batch = dict[str, np.ndarray]
 
 class Split(Protocol):
     """One part of a data set."""
+
+    threads: ClassVar[int]
+    """Threads that make batches ahead; 0 where arrays are in memory."""
 
     def __len__(self) -> int:
         """Examples: rows, or predicted tokens."""
@@ -54,15 +57,22 @@ class Lazy(Sequence[Batch]):
         return self.make(index)
 
 
-def prefetched(batches: Sequence[Batch], threads: int = 1, ahead: int = 4) -> Iterator[Batch]:
-    """Iterates over batches that Grain makes ahead of time in threads."""
+def prefetched(batches: Sequence[Batch], threads: int, ahead: int = 4) -> Iterator[Batch]:
+    """Iterates over batches that Grain makes ahead of time in threads.
+
+    With 0 threads each is made when it is asked for: to index an array in memory takes less than
+    to hand it from thread to thread.
+    """
+    if not threads:
+        return iter(batches)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
 def training(split: Split, batch_size: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
     """The batches of steps start to stop - 1; nothing before `start` is read."""
-    return prefetched(Lazy(lambda i: split.batch(start + i, batch_size, seed), stop - start))
+    batches = Lazy(lambda i: split.batch(start + i, batch_size, seed), stop - start)
+    return prefetched(batches, split.threads)
 
 
 def fingerprint(splits: Mapping[str, Split]) -> str:
@@ -95,6 +105,7 @@ class Examples:
     `rows` maps a batch's keys to arrays whose first axis is the example.
     """
 
+    threads: ClassVar[int] = 0
     rows: Mapping[str, np.ndarray]
 
     def __len__(self) -> int:
@@ -137,6 +148,7 @@ class Windows:
     exactly once.
     """
 
+    threads: ClassVar[int] = 0
     tokens: np.ndarray
     length: int
 
@@ -187,6 +199,7 @@ class Streams:
     batch, are not trained on; evaluation counts every token but the first exactly once.
     """
 
+    threads: ClassVar[int] = 0
     tokens: np.ndarray
     length: int
 
