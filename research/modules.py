@@ -18,9 +18,7 @@ def variables(model: nnx.Module) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def merged(
-    graph: nnx.GraphDef, params: Any, model_state: Any, *, training: bool
-) -> Iterator[Any]:
+def merged(graph: nnx.GraphDef, params: Any, model_state: Any, *, training: bool) -> Iterator[Any]:
     """The module, in its training or evaluation form, every submodule's call in its own scope."""
     model: Any = nnx.merge(graph, params, model_state, copy=True)
     if training:

@@ -164,8 +164,9 @@ def test_evaluation_is_a_sequence_with_an_end(split):
     for outside in (-1, len(batches)):
         with pytest.raises(IndexError):
             batches[outside]
-    assert all(map(same, splits.prefetched(batches), batches))
-    assert len(list(splits.prefetched(batches))) == len(batches)
+    for threads in (0, 2):
+        assert all(map(same, splits.prefetched(batches, threads), batches))
+        assert len(list(splits.prefetched(batches, threads))) == len(batches)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,8 @@ def test_length_is_the_examples_that_evaluation_counts(split, examples):
 
 class Asked:
     """A split that keeps what it was asked."""
+
+    threads = 0
 
     def __init__(self):
         self.calls = []
