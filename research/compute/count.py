@@ -5,14 +5,18 @@ loops around it. It sees the program as written: global shapes, before any compi
 """
 
 import dataclasses
+import functools
 import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from research.compute import rules
 
 CAUSAL = "causal"
 """The name of the scope in which attention that masks the future marks its products."""
@@ -26,7 +30,7 @@ class Count:
     """FLOPs of dot and convolution, 2 a multiply-add, valid taps only: by phase (forward,
     backward, recompute, optimizer), module, dtype, and whether causally masked."""
     dense_extra: int = 0
-    """What convolutions add where every tap is counted, those on padding and holes too."""
+    """What convolutions add where taps on padding are counted too."""
     elementwise_flops: int = 0
     transcendentals: int = 0
     apart: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -55,7 +59,7 @@ class Count:
 
     @property
     def dense_flops(self) -> int:
-        """matmul_flops with every tap of a convolution counted, as most tools do."""
+        """matmul_flops with taps on padding counted too, as most tools do."""
         return self.matmul_flops + self.dense_extra
 
     @property
@@ -87,12 +91,23 @@ class Count:
             found[str(key[index])] += flops
         return dict(found)
 
-    def _add(self, other: "Count", times: int) -> None:
-        for name in ("matmul", "apart", "unknown"):
-            for key, n in getattr(other, name).items():
-                getattr(self, name)[key] += n * times
-        for name in ("dense_extra", "elementwise_flops", "transcendentals"):
-            setattr(self, name, getattr(self, name) + getattr(other, name) * times)
+    def _add(self, other: "Count", times: int, within: "_Place") -> None:
+        times = int(times)  # a length may be numpy's
+        if not times:
+            return
+        for (phase, module, dtype, causal), n in other.matmul.items():
+            place = within.around(_Place(phase, module, causal))
+            self.matmul[place.phase, place.module, dtype, place.causal] += n * times
+        for key, n in other.apart.items():
+            self.apart[key] += n * times
+        for key, n in other.unknown.items():
+            self.unknown[key] += n * times
+        self.dense_extra += other.dense_extra * times
+        self.elementwise_flops += other.elementwise_flops * times
+        self.transcendentals += other.transcendentals * times
+        self._doubt(other)
+
+    def _doubt(self, other: "Count") -> None:
         self.lower += [reason for reason in other.lower if reason not in self.lower]
         self.upper += [reason for reason in other.upper if reason not in self.upper]
 
@@ -102,18 +117,97 @@ def count(fn: Any, *args: Any, **kwargs: Any) -> Count:
 
     Raises ValueError, in one line, for what cannot be traced.
     """
-    if not hasattr(fn, "jaxpr"):
-        if not callable(fn):
-            raise ValueError(f"count needs a function or a jax.stages.Traced, not {fn!r}")
-        jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
-        fn = jitted.trace(*args, **kwargs)
-    jaxpr = _open(fn.jaxpr)
-    found = Count()
-    _walk(jaxpr, (True,) * len(jaxpr.outvars), "", found)
-    return found
+    closed = _trace(fn, args, kwargs).jaxpr
+    jaxpr = _open(closed)
+    constants = [_integer(c) for c in closed.consts]
+    values = dict(zip(jaxpr.constvars, constants, strict=True))
+    outs, unknown = (True,) * len(jaxpr.outvars), (None,) * len(jaxpr.invars)
+    found = _Walk().count(jaxpr, outs, unknown, values)
+    forward = {module for phase, module, *_ in found.matmul if phase == "forward"}
+    placed: Counter[tuple[str, str, str, bool]] = Counter()
+    for (phase, module, dtype, causal), flops in found.matmul.items():
+        module = _name(module, forward)
+        phase = "optimizer" if module.split(".")[0] == "optimizer" else phase
+        placed[phase, module, dtype, causal] += flops
+    return dataclasses.replace(found, matmul=placed)
 
 
-# ---- the walk
+def _trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if not callable(fn) and not hasattr(fn, "jaxpr"):
+        raise ValueError(f"count needs a function or a jax.stages.Traced, not {fn!r}")
+    if hasattr(fn, "jaxpr") and (args or kwargs):
+        raise ValueError("a jax.stages.Traced has its arguments: count takes no others with it")
+    traced = fn
+    try:
+        if not hasattr(fn, "jaxpr"):
+            jitted = isinstance(fn, jax.stages.Wrapped) and hasattr(fn, "trace")
+            traced = (fn if jitted else jax.jit(fn)).trace(*args, **kwargs)
+            traced = getattr(traced, "traced", traced)  # nnx.jit wraps what jax.jit gives
+        # The same program in primitives that lower by themselves.
+        return traced.lojax if getattr(traced.jaxpr, "is_high", False) else traced
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise ValueError(f"{name} cannot be traced: {type(error).__name__}: {reason}") from error
+
+
+# ---- where an equation belongs
+
+_PHASES = ("forward", "backward", "recompute")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    phase: str = "forward"
+    module: str = ""
+    causal: bool = False
+
+    def around(self, inner: "_Place") -> "_Place":
+        """The place of what is at `inner` in a body that is called here."""
+        return _Place(
+            max(self.phase, inner.phase, key=_PHASES.index),
+            f"{self.module}.{inner.module}".strip("."),
+            self.causal or inner.causal,
+        )
+
+
+_RECOMPUTED = "rematted_computation"
+_UNNAMED = ("", CAUSAL, "checkpoint", _RECOMPUTED)
+"""Scopes that are no module; nor are the subscripts by which einsum names its products."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(stack: str) -> _Place:
+    """From a name stack, such as `transpose(jvp(layers))/attention`."""
+    scopes = re.sub(r"\w+\(|\)", "", stack).split("/")
+    phase = "backward" if "transpose(" in stack else "forward"
+    named = (n for n in scopes if n not in _UNNAMED and "->" not in n and "," not in n)
+    return _Place(
+        "recompute" if _RECOMPUTED in scopes else phase, ".".join(named), CAUSAL in scopes
+    )
+
+
+def _name(module: str, forward: set[str]) -> str:
+    """A module's name in the forward pass. Transposing an equation at a/b may put it at a/b/a/b:
+    immediate repeats are taken out until the name is one of those, or none is left."""
+    found = [module]
+    for name in found:
+        if name in forward:
+            return name
+        path = name.split(".")
+        for n in range(len(path) // 2, 0, -1):
+            for i in range(len(path) - 2 * n + 1):
+                shorter = ".".join(path[:i] + path[i + n :])
+                if path[i : i + n] == path[i + n : i + 2 * n] and shorter not in found:
+                    found.append(shorter)
+    return min(found, key=len)
+
+
+# ---- jaxprs
+
+_Live = tuple[bool, ...]
+_Known = tuple[int | None, ...]
+"""The values of integer scalars that the program itself tells."""
 
 
 def _open(jaxpr: Any) -> Any:
@@ -121,116 +215,53 @@ def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _walk(jaxpr: Any, live: Sequence[bool], stack: str, into: Count) -> None:
-    _, alive = _liveness(jaxpr, tuple(live))
-    for eqn, outs in zip(jaxpr.eqns, alive, strict=True):
-        if outs is None:
-            continue
-        name = eqn.primitive.name
-        inner = f"{stack}/{eqn.source_info.name_stack}"
-        if name in _CONTROL:
-            _CONTROL[name](eqn, outs, inner, into)
-        elif name in _MATMUL:
-            flops, dense = _MATMUL[name](eqn)
-            into.matmul[(*_place(inner), _dtype(eqn), CAUSAL in _scopes(inner))] += flops
-            into.dense_extra += dense - flops
-        elif name in _TRANSCENDENTAL:
-            into.transcendentals += _size(eqn.outvars[0])
-        elif name in _ELEMENTWISE:
-            into.elementwise_flops += _size(eqn.outvars[0]) if _floats(eqn) else 0
-        elif name in _REDUCTION:
-            into.elementwise_flops += _REDUCTION[name](eqn) if _floats(eqn) else 0
-        elif name in _APART:
-            into.apart[name] += _APART[name](eqn)
-        elif name not in _FREE:
-            into.unknown[name] += 1
-            if name in _OPAQUE or list(_inner(eqn)):
-                into.lower.append(f"{name}: what it computes cannot be seen")
-
-
-def _size(var: Any) -> int:
-    return math.prod(getattr(var.aval, "shape", ()))
-
-
-def _dtype(eqn: Any) -> str:
-    """The dtype that a product multiplies in, and its precision where one is asked for."""
-    precision = eqn.params.get("precision")
-    name = str(eqn.invars[0].aval.dtype)
-    if precision is None:
-        return name
-    both = precision if isinstance(precision, tuple) else (precision,)
-    asked = {str(getattr(p, "name", p)) for p in both} - {"DEFAULT", "None"}
-    return f"{name}:{'+'.join(sorted(asked))}" if asked else name
-
-
-def _scopes(stack: str) -> list[str]:
-    """The names of a name stack, without the transformations that wrap them."""
-    names = re.sub(r"\w+\(|\)", "", stack).split("/")
-    return [n for n in names if n and n not in ("rematted_computation", "checkpoint")]
-
-
-def _place(stack: str) -> tuple[str, str]:
-    """The phase and the module of an equation."""
-    scopes = _scopes(stack)
-    if "rematted_computation" in stack:
-        phase = "recompute"
-    elif "transpose(" in stack:
-        phase = "backward"
-    else:
-        phase = "optimizer" if scopes[:1] == ["optimizer"] else "forward"
-    return phase, ".".join(n for n in scopes if n != CAUSAL)
-
-
-# ---- dead code
-
-_Live = tuple[bool, ...]
-
-
-def _liveness(jaxpr: Any, outs: _Live) -> tuple[_Live, list[_Live | None]]:
-    """Which inputs the wanted outputs need, and, by equation, which of its outputs are needed
-    (None: the equation is dead)."""
-    wanted = {v for v, live in zip(jaxpr.outvars, outs, strict=True) if live and _is_var(v)}
-    alive: list[_Live | None] = []
-    for eqn in reversed(jaxpr.eqns):
-        needed = tuple(_is_var(v) and v in wanted for v in eqn.outvars)
-        if not any(needed) and not eqn.effects:
-            alive.append(None)
-            continue
-        alive.append(needed)
-        used = _needs(eqn, needed)
-        wanted |= {v for v, live in zip(eqn.invars, used, strict=True) if live and _is_var(v)}
-    return tuple(v in wanted for v in jaxpr.invars), alive[::-1]
-
-
 def _is_var(v: Any) -> bool:
     return not hasattr(v, "val")
 
 
-def _needs(eqn: Any, outs: _Live) -> _Live:
-    """Which inputs of an equation its needed outputs depend on."""
-    name, everything = eqn.primitive.name, (True,) * len(eqn.invars)
-    if eqn.effects:
-        return everything
-    if name == "scan":
-        return _scan_liveness(eqn, outs)[1]
-    if name == "cond":
-        used = [_liveness(_open(b), outs)[0] for b in eqn.params["branches"]]
-        return (True, *(any(each) for each in zip(*used, strict=True)))
-    body = _called(eqn)
-    return everything if body is None else _liveness(body, outs)[0]
+def _integer(value: Any) -> int | None:
+    """A constant's value where it is an integer scalar."""
+    if isinstance(value, jax.core.Tracer) or np.ndim(value):
+        return None
+    whole = _whole(value.dtype) if hasattr(value, "dtype") else isinstance(value, int)
+    return int(value) if whole else None
 
 
-def _scan_liveness(eqn: Any, outs: _Live) -> tuple[_Live, _Live]:
-    """The outputs of a scan's body that are needed in some trip, and the inputs of the scan."""
-    consts, carry = _scan_arity(eqn)
-    body = _open(eqn.params["jaxpr"])
-    while True:
-        ins, _ = _liveness(body, outs)
-        carried = ins[consts : consts + carry]
-        grown = tuple(a or b for a, b in zip(outs[:carry], carried, strict=True)) + outs[carry:]
-        if grown == outs:
-            return outs, ins
-        outs = grown
+def _whole(dtype: Any) -> bool:
+    return isinstance(dtype, np.dtype) and dtype.kind in "iub"
+
+
+def _either(a: _Live, b: _Live) -> _Live:
+    return tuple(x or y for x, y in zip(a, b, strict=True))
+
+
+def _keeps(eqn: Any) -> bool:
+    """Whether an equation stays though nothing reads what it gives."""
+    harmless = {"NamedAxisEffect", "ReadEffect", "InternalMutableArrayEffect"}
+    return any(type(effect).__name__ not in harmless for effect in eqn.effects)
+
+
+_BODIES = ("jaxpr", "call_jaxpr", "call", "callee", "fwd_jaxpr")
+_CALLS = frozenset(
+    "call closed_call composite compute_on custom_jvp_call custom_partitioning custom_vjp_call "
+    "custom_vmap_call eval_jaxpr jit linear_call remat2 remat_opt shard_map "
+    "xla_metadata_call".split()
+)
+
+
+def _called(eqn: Any) -> tuple[Any, Sequence[int]] | None:
+    """The body of an equation that runs one once, and which inputs of the equation it takes."""
+    if eqn.primitive.name == "custom_linear_solve":
+        lengths = eqn.params["const_lengths"]
+        start = lengths.matvec + lengths.vecmat
+        consts, rest = range(start, start + lengths.solve), range(sum(lengths), len(eqn.invars))
+        return _open(eqn.params["jaxprs"].solve), [*consts, *rest]
+    if eqn.primitive.name not in _CALLS:
+        return None
+    bodies = [_open(eqn.params[name]) for name in _BODIES if name in eqn.params]
+    if not bodies or len(bodies[0].invars) != len(eqn.invars):
+        return None
+    return bodies[0], range(len(eqn.invars))
 
 
 def _scan_arity(eqn: Any) -> tuple[int, int]:
@@ -241,323 +272,253 @@ def _scan_arity(eqn: Any) -> tuple[int, int]:
     return consts, carry
 
 
-def _inner(eqn: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    for value in eqn.params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(_open(each), "eqns"):
-                yield _open(each)
+def _while_arity(eqn: Any) -> tuple[int, int]:
+    """Numbers of constants of the test and of the body of a while loop."""
+    return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
-def _called(eqn: Any) -> Any:
-    """The body of an equation that runs one jaxpr once on its own inputs, or None."""
-    if eqn.primitive.name not in _CALLS:
+# ---- the walk
+
+
+class _Walk:
+    """Counts a program; a body that is called again in the same way is not walked again."""
+
+    def __init__(self) -> None:
+        self._used: dict[Any, tuple[_Live, list[_Live | None]]] = {}
+        self._counts: dict[Any, Count] = {}
+
+    def count(self, jaxpr: Any, outs: _Live, known: _Known, values: Any = None) -> Count:
+        """What it takes to compute the wanted outputs, from inputs of which some are known."""
+        key = id(jaxpr), outs, known
+        if key not in self._counts:
+            self._counts[key] = self._count(jaxpr, outs, known, dict(values or {}))
+        return self._counts[key]
+
+    def _count(self, jaxpr: Any, outs: _Live, known: _Known, values: dict[Any, Any]) -> Count:
+        found = Count()
+        values.update(zip(jaxpr.invars, known, strict=True))
+        for eqn, needed in zip(jaxpr.eqns, self._liveness(jaxpr, outs)[1], strict=True):
+            if needed is None:
+                continue
+            name, place = eqn.primitive.name, _place(str(eqn.source_info.name_stack))
+            given = tuple(values.get(v) if _is_var(v) else _integer(v.val) for v in eqn.invars)
+            if name in _FOLDED and None not in given and _whole(eqn.outvars[0].aval.dtype):
+                values[eqn.outvars[0]] = _FOLDED[name](*given)
+            if name in rules.PRODUCTS:
+                flops, dense = rules.product(eqn)
+                if flops:
+                    key = place.phase, place.module, rules.dtype(eqn), place.causal
+                    found.matmul[key] += flops
+                found.dense_extra += dense - flops
+            elif name in rules.TRANSCENDENTAL:
+                found.transcendentals += int(rules.TRANSCENDENTAL[name](eqn)) * rules.floats(eqn)
+            elif name in rules.ELEMENTWISE:
+                found.elementwise_flops += int(rules.ELEMENTWISE[name](eqn)) * rules.floats(eqn)
+            elif name in rules.APART:
+                found.apart[name] += int(rules.APART[name](eqn))
+            elif name not in rules.FREE:
+                body, times = self._inside(eqn, needed, given)
+                found._add(body, times, place)
+        return found
+
+    def _inside(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
+        """What control flow runs, and how often."""
+        name = eqn.primitive.name
+        if (called := _called(eqn)) is not None:
+            body, taken = called
+            times = 1
+            if name == "shard_map":  # the body is one device's share
+                mesh = eqn.params["mesh"]
+                times = math.prod(mesh.shape[a] for a in eqn.params["newly_manual_axes"])
+            return self.count(body, outs, tuple(given[i] for i in taken)), times
+        if name in _CONTROL:
+            return _CONTROL[name](self, eqn, outs, given)
+        reason = f"{name}: what it computes is not known"
+        return Count(unknown=Counter([name]), lower=[reason]), 1
+
+    def _scan(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
+        body, consts = _open(eqn.params["jaxpr"]), _scan_arity(eqn)[0]
+        known = given[:consts] + (None,) * (len(body.invars) - consts)
+        return self.count(body, self._scan_liveness(eqn, outs)[0], known), eqn.params["length"]
+
+    def _while(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
+        tested, consts = _while_arity(eqn)
+        body, test = _open(eqn.params["body_jaxpr"]), _open(eqn.params["cond_jaxpr"])
+        carry = (None,) * (len(body.invars) - consts)
+        live = self._while_liveness(eqn, outs)[0]
+        trips = _trips(eqn, given)
+        found = Count()
+        for part, wanted, known in (
+            (body, live, given[tested : tested + consts] + carry),
+            (test, (True,), given[:tested] + carry),
+        ):
+            found._add(self.count(part, wanted, known), 1, _Place())
+        if trips is None and found.matmul_flops:
+            reason = "while: the number of trips depends on data; one is counted"
+            found._doubt(Count(lower=[reason]))
+        return found, 1 if trips is None else trips
+
+    def _cond(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
+        bodies = [_open(branch) for branch in eqn.params["branches"]]
+        if given[0] is not None:
+            bodies = [bodies[min(max(given[0], 0), len(bodies) - 1)]]
+        branches = [self.count(body, outs, given[1:]) for body in bodies]
+        most = max(
+            branches, key=lambda c: (c.matmul_flops, c.elementwise_flops + c.transcendentals)
+        )
+        found = Count()
+        found._add(most, 1, _Place())
+        for branch in branches:
+            found.unknown |= branch.unknown
+            found._doubt(branch)
+        costs = {c.matmul_flops for c in branches}
+        if len(costs) > 1:
+            reason = f"cond: branches of {min(costs):,} to {max(costs):,}; the most counts"
+            found._doubt(Count(upper=[reason]))
+        return found, 1
+
+    def _pallas_call(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
+        """The kernel, once for each point of its grid."""
+        grid = eqn.params["grid_mapping"].grid
+        found, _ = self._all(eqn, outs, given)
+        if not all(isinstance(n, int | np.integer) for n in grid):
+            reason = "pallas_call: its grid depends on data; one point is counted"
+            found._doubt(Count(lower=[reason]))
+        return found, math.prod(int(n) for n in grid if isinstance(n, int | np.integer))
+
+    def _all(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
+        """A body over references: all of it, once."""
+        body, found = _open(eqn.params["jaxpr"]), Count()
+        live, known = (True,) * len(body.outvars), (None,) * len(body.invars)
+        found._add(self.count(body, live, known), 1, _Place())
+        return found, 1
+
+    # ---- dead code
+
+    def _liveness(self, jaxpr: Any, outs: _Live) -> tuple[_Live, list[_Live | None]]:
+        """Which inputs the wanted outputs need, and, by equation, which of its outputs are needed
+        (None: the equation is dead)."""
+        key = id(jaxpr), outs
+        if key not in self._used:
+            wanted = {v for v, live in zip(jaxpr.outvars, outs, strict=True) if live and _is_var(v)}
+            alive: list[_Live | None] = []
+            for eqn in reversed(jaxpr.eqns):
+                needed = tuple(v in wanted for v in eqn.outvars)
+                if not any(needed) and not _keeps(eqn):
+                    alive.append(None)
+                    continue
+                alive.append(needed)
+                used = self._needs(eqn, needed)
+                wanted |= {v for v, u in zip(eqn.invars, used, strict=True) if u and _is_var(v)}
+            self._used[key] = tuple(v in wanted for v in jaxpr.invars), alive[::-1]
+        return self._used[key]
+
+    def _needs(self, eqn: Any, outs: _Live) -> _Live:
+        """Which inputs of an equation its needed outputs depend on."""
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan_liveness(eqn, outs)[1]
+        if name == "while":
+            return self._while_liveness(eqn, outs)[1]
+        if name == "cond":
+            branches = [self._liveness(_open(b), outs)[0] for b in eqn.params["branches"]]
+            return (True, *functools.reduce(_either, branches))
+        if (called := _called(eqn)) is None:
+            return (True,) * len(eqn.invars)
+        body, taken = called
+        used = dict(zip(taken, self._liveness(body, outs)[0], strict=True))
+        return tuple(used.get(i, False) for i in range(len(eqn.invars)))
+
+    def _scan_liveness(self, eqn: Any, outs: _Live) -> tuple[_Live, _Live]:
+        """The outputs of a scan's body that are needed in some trip, and the inputs of the scan."""
+        consts, carry = _scan_arity(eqn)
+        body = _open(eqn.params["jaxpr"])
+        while True:
+            ins = self._liveness(body, outs)[0]
+            grown = _either(outs[:carry], ins[consts : consts + carry])
+            if grown == outs[:carry]:
+                return outs, ins[:consts] + grown + ins[consts + carry :]
+            outs = grown + outs[carry:]
+
+    def _while_liveness(self, eqn: Any, outs: _Live) -> tuple[_Live, _Live]:
+        """The same for a while loop, whose test is always needed."""
+        tested, consts = _while_arity(eqn)
+        body, test = _open(eqn.params["body_jaxpr"]), _open(eqn.params["cond_jaxpr"])
+        asked = self._liveness(test, (True,))[0]
+        outs = _either(outs, asked[tested:])
+        while True:
+            ins = self._liveness(body, outs)[0]
+            grown = _either(outs, ins[consts:])
+            if grown == outs:
+                return outs, asked[:tested] + ins[:consts] + outs
+            outs = grown
+
+
+_CONTROL: dict[str, Callable[[_Walk, Any, _Live, _Known], tuple[Count, int]]] = {
+    "scan": _Walk._scan,
+    "while": _Walk._while,
+    "cond": _Walk._cond,
+    "pallas_call": _Walk._pallas_call,
+    "run_scoped": _Walk._all,
+    "run_state": _Walk._all,
+}
+_FOLDED: dict[str, Callable[..., int]] = {
+    "convert_element_type": int,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "clamp": lambda low, x, high: min(max(low, x), high),
+}
+"""What may be done to a loop's bound, or a branch's index, on its way."""
+
+
+def _trips(eqn: Any, given: _Known) -> int | None:
+    """Trips of `i = start; while i < stop: i += step` (or >, -=) with all three known, or None."""
+    tested, consts = _while_arity(eqn)
+    body, test = _open(eqn.params["body_jaxpr"]), _open(eqn.params["cond_jaxpr"])
+    start, olds = given[tested + consts :], body.invars[consts:]
+    if len(test.eqns) != 1 or test.eqns[0].primitive.name not in _ORDER:
         return None
-    bodies = [eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params]
-    body = _open(bodies[0]) if bodies else None
-    return body if body is not None and len(body.invars) == len(eqn.invars) else None
 
-
-# ---- control flow
-
-
-def _call(eqn: Any, outs: _Live, stack: str, into: Count) -> None:
-    body = _called(eqn)
-    if body is None:
-        into.unknown[eqn.primitive.name] += 1
-        into.lower.append(f"{eqn.primitive.name}: its body cannot be seen")
-    else:
-        _walk(body, outs, stack, into)
-
-
-def _scan(eqn: Any, outs: _Live, stack: str, into: Count) -> None:
-    body, found = _open(eqn.params["jaxpr"]), Count()
-    _walk(body, _scan_liveness(eqn, outs)[0], stack, found)
-    into._add(found, eqn.params["length"])
-
-
-def _while(eqn: Any, outs: _Live, stack: str, into: Count) -> None:
-    body, found = _open(eqn.params["body_jaxpr"]), Count()
-    _walk(body, (True,) * len(body.outvars), stack, found)
-    test = _open(eqn.params["cond_jaxpr"])
-    _walk(test, (True,) * len(test.outvars), stack, found)
-    trips = _trips(eqn, test, body)
-    if trips is None and found.matmul_flops:
-        found.lower.append("while: the number of trips depends on data; one is counted")
-    into._add(found, 1 if trips is None else trips)
-
-
-def _trips(eqn: Any, test: Any, body: Any) -> int | None:
-    """Trips of `i = start; while i < stop: i += step`, all three constants; else None."""
-    if len(test.eqns) != 1 or test.eqns[0].primitive.name not in ("lt", "le", "gt", "ge"):
-        return None
-    tested, body_consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carried = eqn.invars[tested + body_consts :]
-
-    def value(var: Any) -> int | None:
+    def fixed(var: Any, invars: list[Any], constants: _Known) -> int | None:
+        """The value of what no trip changes."""
         if not _is_var(var):
-            return int(var.val)
-        if var in test.invars[:tested]:
-            outer = eqn.invars[test.invars.index(var)]
-            return None if _is_var(outer) else int(outer.val)
+            return _integer(var.val)
+        if var not in invars:
+            return None
+        at = invars.index(var) - len(constants)
+        if at < 0:
+            return constants[at]
+        return start[at] if body.outvars[at] is olds[at] else None
+
+    def step(at: int) -> int | None:
+        """What a trip adds to a carried value."""
+        for each in body.eqns:
+            if body.outvars[at] in each.outvars and each.primitive.name in ("add", "sub"):
+                first, second = each.invars
+                sign = 1 if each.primitive.name == "add" else -1
+                if first is not olds[at] and sign == 1:
+                    first, second = second, first
+                by = fixed(second, body.invars, given[tested : tested + consts])
+                return sign * by if first is olds[at] and by is not None else None
         return None
 
     left, right = test.eqns[0].invars
-    if (
-        not _is_var(left)
-        or left not in test.invars[tested:]
-        or test.outvars[0] not in (test.eqns[0].outvars)
-    ):
-        return None
-    index = test.invars.index(left) - tested
-    start, stop = carried[index], value(right)
-    new, old = body.outvars[index], body.invars[body_consts + index]
-    steps = [e for e in body.eqns if new in e.outvars]
-    if _is_var(start) or stop is None or len(steps) != 1 or steps[0].primitive.name != "add":
-        return None
-    first, second = steps[0].invars
-    if first is not old or _is_var(second):
-        return None
-    begin, step = int(start.val), int(second.val)
-    sign = {"lt": 0, "le": 1, "gt": 0, "ge": -1}[test.eqns[0].primitive.name]
-    return None if step == 0 else max(0, -(-(stop + sign - begin) // step))
+    up, more = _ORDER[test.eqns[0].primitive.name]
+    for moving, still, sign in ((left, right, up), (right, left, -up)):
+        if moving not in test.invars[tested:]:
+            continue
+        at = test.invars.index(moving) - tested
+        begin, stop, by = start[at], fixed(still, test.invars, given[:tested]), step(at)
+        if begin is None or stop is None or by is None:
+            continue
+        distance = sign * (stop - begin) + more
+        if distance <= 0:
+            return 0
+        if sign * by > 0:
+            return -(-distance // (sign * by))
+    return None
 
 
-def _cond(eqn: Any, outs: _Live, stack: str, into: Count) -> None:
-    branches = []
-    for branch in eqn.params["branches"]:
-        branches.append(Count())
-        _walk(_open(branch), outs, stack, branches[-1])
-    most = max(branches, key=lambda c: (c.matmul_flops, c.elementwise_flops + c.transcendentals))
-    costs = {c.matmul_flops for c in branches}
-    if len(costs) > 1:
-        most.upper.append(f"cond: branches of {min(costs):,} to {max(costs):,}; the most counts")
-    into._add(most, 1)
-
-
-def _shard_map(eqn: Any, outs: _Live, stack: str, into: Count) -> None:
-    """The body is one device's share: every device of the manual axes runs it."""
-    found, mesh = Count(), eqn.params["mesh"]
-    _walk(_open(eqn.params["jaxpr"]), outs, stack, found)
-    axes = eqn.params.get("manual_axes", mesh.axis_names)
-    into._add(found, math.prod(mesh.shape[a] for a in axes))
-
-
-def _pallas_call(eqn: Any, outs: _Live, stack: str, into: Count) -> None:
-    """The kernel, once for each point of its grid."""
-    found, grid = Count(), eqn.params["grid_mapping"].grid
-    body = _open(eqn.params["jaxpr"])
-    _walk(body, (True,) * len(body.outvars), stack, found)
-    if not all(isinstance(n, int) for n in grid):
-        found.lower.append("pallas_call: its grid depends on data; one point is counted")
-    into._add(found, math.prod(n if isinstance(n, int) else 1 for n in grid))
-
-
-_CALLS = frozenset(
-    "jit pjit closed_call core_call call remat2 checkpoint custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr custom_vmap_call named_call custom_lin composite linear_call "
-    "eval_jaxpr xla_metadata_call".split()
-)
-_CONTROL: dict[str, Callable[[Any, _Live, str, Count], None]] = {
-    **dict.fromkeys(_CALLS, _call),
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "shard_map": _shard_map,
-    "pallas_call": _pallas_call,
-}
-
-# ---- products: (FLOPs over valid taps, FLOPs over all taps)
-
-
-def _dot(eqn: Any) -> tuple[int, int]:
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    flops = 2 * _size(eqn.outvars[0]) * math.prod(shape[d] for d in contract)
-    return flops, flops
-
-
-def _ragged_dot(eqn: Any) -> tuple[int, int]:
-    """Every row belongs to at most one group, so that each is multiplied once."""
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (_, rhs_contract), (_, rhs_batch) = numbers.dot_dimension_numbers
-    lhs, rhs = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
-    taken = {*rhs_contract, *rhs_batch, *numbers.rhs_group_dimensions}
-    flops = 2 * math.prod(lhs) * math.prod(n for d, n in enumerate(rhs) if d not in taken)
-    return flops, flops
-
-
-def _conv(eqn: Any) -> tuple[int, int]:
-    """2 x batch x output channels x input channels of a group x taps, over each spatial axis.
-
-    A tap is valid where it meets an element of the input: not padding, nor a hole of dilation. The
-    gradients of a convolution are convolutions with the same pairs, and so count the same.
-    """
-    numbers, p = eqn.params["dimension_numbers"], eqn.params
-    lhs, rhs = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
-    out = eqn.outvars[0].aval.shape
-    features_out, features_in = rhs[numbers.rhs_spec[0]], rhs[numbers.rhs_spec[1]]
-    channels = 2 * out[numbers.out_spec[0]] * features_out * features_in
-    valid = every = channels
-    for i, (low, _) in enumerate(p["padding"]):
-        n, k = lhs[numbers.lhs_spec[2 + i]], rhs[numbers.rhs_spec[2 + i]]
-        m = out[numbers.out_spec[2 + i]]
-        at = np.arange(m)[:, None] * p["window_strides"][i] - low
-        at = at + np.arange(k)[None] * p["rhs_dilation"][i]
-        step = p["lhs_dilation"][i]
-        valid *= int(((at >= 0) & (at <= (n - 1) * step) & (at % step == 0)).sum())
-        every *= m * k
-    return valid, every
-
-
-def _scaled(eqn: Any) -> tuple[int, int]:
-    """[batch, m, k] by [batch, n, k], with scales."""
-    flops = 2 * _size(eqn.outvars[0]) * eqn.invars[0].aval.shape[-1]
-    return flops, flops
-
-
-_MATMUL: dict[str, Callable[[Any], tuple[int, int]]] = {
-    "dot_general": _dot,
-    "ragged_dot_general": _ragged_dot,
-    "conv_general_dilated": _conv,
-    "scaled_matmul": _scaled,
-    "scaled_matmul_wrapper": _scaled,
-}
-
-# ---- everything else
-
-_TRANSCENDENTAL = frozenset(
-    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf "
-    "erf_inv erfc exp exp2 expm1 igamma igamma_grad_a igammac lgamma log log1p log2 logistic polygamma pow "
-    "random_gamma regularized_incomplete_beta rsqrt sin sinh sqrt tan tanh zeta".split()
-)
-_ELEMENTWISE = frozenset(
-    "abs add add_any and ceil clamp conj div eq eq_to floor ge gt integer_pow is_finite le le_to "
-    "lt lt_to max min mul ne neg nextafter not one_minus_square or polynomial reciprocal rem round "
-    "select_n sign square sub xor".split()
-)
-
-
-def _floats(eqn: Any) -> bool:
-    """Whether an equation computes with floating-point numbers: integers do no FLOPs."""
-    return any(np.issubdtype(_np_dtype(v), np.inexact) for v in eqn.invars)
-
-
-def _np_dtype(var: Any) -> Any:
-    dtype = getattr(var.aval, "dtype", np.dtype(bool))
-    # bfloat16 and the float8s are numpy extensions, and keys are not numbers.
-    return np.float32 if "float" in str(dtype) else dtype if isinstance(dtype, np.dtype) else bool
-
-
-def _reduce(eqn: Any) -> int:
-    return _size(eqn.invars[0]) - _size(eqn.outvars[0])
-
-
-def _window(eqn: Any) -> int:
-    return _size(eqn.outvars[0]) * (math.prod(eqn.params["window_dimensions"]) - 1)
-
-
-def _last(eqn: Any) -> int:
-    return _size(eqn.invars[-1])
-
-
-_REDUCTION: dict[str, Callable[[Any], int]] = {
-    **dict.fromkeys(
-        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax "
-        "argmin".split(),
-        _reduce,
-    ),
-    **dict.fromkeys(
-        "reduce_window_sum reduce_window_max reduce_window_min select_and_gather_add "
-        "select_and_scatter_add".split(),
-        _window,
-    ),
-    **dict.fromkeys(
-        "cumsum cumprod cummax cummin cumlogsumexp".split(), lambda eqn: _size(eqn.invars[0])
-    ),
-    **dict.fromkeys("scatter-add scatter-sub scatter-mul scatter-max scatter-min".split(), _last),
-}
-
-
-def _square(eqn: Any) -> tuple[int, int]:
-    """Number of matrices and their edge."""
-    shape = eqn.invars[0].aval.shape
-    return math.prod(shape[:-2]), min(shape[-2:])
-
-
-def _cubic(factor: float) -> Callable[[Any], int]:
-    """factor x n^3 a matrix: leading terms of Golub and Van Loan, Matrix Computations, 4th ed."""
-
-    def rule(eqn: Any) -> int:
-        batch, n = _square(eqn)
-        return round(factor * batch * n**3)
-
-    return rule
-
-
-def _tall(eqn: Any) -> int:
-    """2 n^2 (m - n / 3): Householder's QR, and its product with Q."""
-    *batch, m, n = eqn.invars[0].aval.shape
-    m, n = max(m, n), min(m, n)
-    return round(math.prod(batch) * 2 * n * n * (m - n / 3))
-
-
-def _sort(eqn: Any) -> int:
-    """n log2 n comparisons a row."""
-    shape = eqn.invars[0].aval.shape
-    n = shape[eqn.params.get("dimension", -1)] if shape else 1
-    return round(math.prod(shape) * math.log2(max(n, 2)))
-
-
-def _fft(eqn: Any) -> int:
-    """5 n log2 n for complex numbers, half of it for real ones (Cooley and Tukey 1965)."""
-    lengths, real = eqn.params["fft_lengths"], "RFFT" in str(eqn.params["fft_type"]).upper()
-    batch = math.prod(eqn.invars[0].aval.shape[: -len(lengths)])
-    n = math.prod(lengths)
-    return round((2.5 if real else 5) * batch * n * math.log2(max(n, 2)))
-
-
-_APART: dict[str, Callable[[Any], int]] = {
-    "sort": _sort,
-    "top_k": _sort,
-    "approx_top_k": _sort,
-    "fft": _fft,
-    "cholesky": _cubic(1 / 3),
-    "lu": _cubic(2 / 3),
-    "eigh": _cubic(9),
-    "eig": _cubic(25),
-    "svd": _cubic(21),
-    "hessenberg": _cubic(10 / 3),
-    "tridiagonal": _cubic(4 / 3),
-    "schur": _cubic(25),
-    "qr": _tall,
-    "geqrf": _tall,
-    "geqp3": _tall,
-    "householder_product": _tall,
-    "triangular_solve": lambda eqn: _size(eqn.invars[1]) * eqn.invars[0].aval.shape[-1],
-    "tridiagonal_solve": lambda eqn: 8 * _size(eqn.invars[-1]),
-}
-
-_FREE = frozenset(
-    # Moves, names, types and randomness: no floating-point arithmetic.
-    "after_all axis_index bitcast_convert_type broadcast_in_dim broadcast_to check concatenate "
-    "convert_element_type copy copy_p create_token device_put dimension_size dynamic_slice "
-    "dynamic_update_slice empty empty2 from_edtype gather get imag inspect_sharding iota "
-    "iota_2x32_shape layout_constraint name optimization_barrier pad philox2x32 philox4x32 "
-    "platform_index program_id num_programs pvary random_bits random_clone random_fold_in "
-    "random_seed random_split random_unwrap random_wrap real reduce_precision reshape reshard rev "
-    "rng_bit_generator rng_uniform scatter shape_assertion shard_alike sharding_constraint slice "
-    "split squeeze stack stop_gradient swap threefry2x32 threefry4x32 tie tile to_edtype transpose "
-    "unstack with_memory_space_constraint clz population_count shift_left shift_right_arithmetic "
-    "shift_right_logical mulhi lu_pivots_to_permutation debug_callback debug_print "
-    # Communication: bytes, which the compiled program tells.
-    "all_gather all_gather_invariant all_to_all pbroadcast pmax pmin ppermute precv psend psum "
-    "psum_invariant ragged_all_to_all reduce_scatter pcast vary_unreduced_cast "
-    "reduced_vary_cast".split()
-)
-_OPAQUE = frozenset(
-    "pure_callback io_callback ffi_call custom_call call_exported custom_partitioning cudnn_fusion "
-    "dot_product_attention_fwd dot_product_attention_bwd dot_product_attention_fwd_wrapper "
-    "dot_product_attention_bwd_wrapper triton_kernel_call tpu_custom_call core_map run_state "
-    "mpmd_map".split()
-)
+_ORDER = {"lt": (1, 0), "le": (1, 1), "gt": (-1, 0), "ge": (-1, 1)}
+"""The direction in which a loop runs while a comparison holds, and how far beyond the bound."""
