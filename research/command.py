@@ -26,7 +26,7 @@ T = TypeVar("T")
 Overrides = Annotated[
     Experiment,
     tyro.conf.arg(name=""),
-    tyro.conf.configure(tyro.conf.FlagConversionOff),
+    tyro.conf.FlagConversionOff,
 ]
 
 

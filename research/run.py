@@ -1,7 +1,7 @@
 """The run directory: what a run leaves behind, and what a continued run may change.
 
-config.json  environment.json  metrics.jsonl  log.txt  tensorboard/  checkpoints/  summary.json
-table.txt
+config.json  environment.json  compute.json  metrics.jsonl  log.txt  tensorboard/  checkpoints/
+summary.json  table.txt
 """
 
 import dataclasses
@@ -102,6 +102,12 @@ def write(workdir: pathlib.Path, name: str, text: str) -> None:
     os.replace(temporary, workdir / name)
 
 
+def write_json(workdir: pathlib.Path, name: str, value: Any) -> None:
+    """Writes strict JSON, from the first process alone."""
+    if jax.process_index() == 0:
+        write(workdir, name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
 def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str) -> None:
     """Writes what is known before the first step."""
     if jax.process_index() == 0:
@@ -154,9 +160,8 @@ def finished(workdir: pathlib.Path, e: Experiment) -> Summary | None:
 def finish(workdir: pathlib.Path, found: Summary, target: Target | None) -> Summary:
     """Judges a run against its target, and writes its summary and table."""
     found = judge(found, target)
+    write_json(workdir, "summary.json", dataclasses.asdict(found))
     if jax.process_index() == 0:
-        text = json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False)
-        write(workdir, "summary.json", text + "\n")
         write(workdir, "table.txt", table([found]) + "\n")
     return found
 

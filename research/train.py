@@ -115,6 +115,7 @@ def train(
             traced = setup.step().trace(*setup.example())
             cost = compute.count(traced)
             step_fn = traced.lower().compile()
+            run.write_json(workdir, "compute.json", compute.report.to_json(cost))
             if start:
                 state, before = saved.restore(start, setup.abstract, setup.shardings)
             else:
@@ -122,7 +123,7 @@ def train(
         log = stack.enter_context(run.recorder(workdir, e, start, cost.model_flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
         asked = stack.enter_context(checkpoint.stop_requested())
-        for line in news:
+        for line in (*news, compute.report.line(cost)):
             log.message(line)
 
         def report(step: int, metrics: Any) -> None:

@@ -141,3 +141,10 @@ def test_user_errors_end_in_one_line_and_other_errors_keep_their_traceback(capsy
     monkeypatch.setenv("ERGON_TRACEBACK", "1")
     with pytest.raises(UserError), command.one_line_errors():
         raise UserError("shown whole")
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_field_that_is_true_or_false_takes_the_word(value):
+    options = parse("configs/transformer_text.py", "--model.bias", str(value), "--flag")
+    assert options.experiment.model.bias is value
+    assert options.flag is True

@@ -37,7 +37,8 @@ def trained(tmp_path_factory):
 def test_train_prints_plain_lines_and_a_table(trained):
     _, out = trained
     lines = out.splitlines()
-    assert lines[0].startswith("step 20/60  train  loss ")
+    assert lines[0].startswith("model FLOPs a step: 645,120 (exact); forward 40%, backward 60%")
+    assert lines[1].startswith("step 20/60  train  loss ")
     assert any(line.startswith("step 60/60  test  loss ") for line in lines)
     assert any(line.startswith("model") and "FLOPs/step" in line for line in lines)
 
@@ -71,6 +72,15 @@ def test_plot_and_table(trained, tmp_path):
     ok("plot", workdir, "--out", tmp_path / "curves.svg")
     assert "loss" in (tmp_path / "curves.svg").read_text()
     assert ok("table", workdir).strip() in out
+
+
+def test_compute_prints_what_training_wrote(trained, tmp_path):
+    workdir, _ = trained
+    out = ok("compute", workdir / "config.json", "--json", tmp_path / "cost.json")
+    assert "645,120  exact" in out
+    assert json.loads((tmp_path / "cost.json").read_text()) == json.loads(
+        (workdir / "compute.json").read_text()
+    )
 
 
 def test_profile_writes_a_trace(tmp_path):
