@@ -15,7 +15,7 @@ from research.tasks import NextToken
 
 def config() -> Experiment:
     vocab = len(PythonReference.alphabet())
-    steps = 3000
+    steps = 2000
     rate = {
         "init_value": 0.0,
         "peak_value": 4e-3,

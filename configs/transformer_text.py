@@ -14,7 +14,7 @@ from research.tasks import NextToken
 
 
 def config() -> Experiment:
-    length, steps = 128, 3000
+    length, steps = 128, 2000
     rate = {
         "init_value": 0.0,
         "peak_value": 2e-3,

@@ -45,6 +45,10 @@ class Checkpoints:
         )
         self._manager.save(step, args=args)
 
+    def wait(self) -> None:
+        """Returns when all saves are on the disk."""
+        self._manager.wait_until_finished()
+
     def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, float]:
         """The state saved at a step, each array placed by its sharding, and its seconds."""
         target = jax.tree.map(

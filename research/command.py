@@ -60,13 +60,14 @@ def load(path: str | pathlib.Path, allow: Sequence[str] = ()) -> Experiment:
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
     elif path.suffix == ".py":
-        module = _module(path)
-        if not callable(getattr(module, "config", None)):
-            raise UserError(f"{path} has no function config() that returns an Experiment")
         try:
+            module = _module(path)
+            if not callable(getattr(module, "config", None)):
+                raise UserError("has no function config() that returns an Experiment")
             found = module.config()
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise UserError(f"{path}: {kind}{error}") from error
     else:
         raise UserError(f"{path} is neither a .py config nor a .json")
     if not isinstance(found, Experiment):
@@ -119,7 +120,14 @@ def parse(options: type[T], usage: str, argv: Sequence[str] | None = None) -> T:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(options, args=argv, default=default, description=usage, config=flags)
+            return tyro.cli(
+                options,
+                args=argv,
+                default=default,
+                description=usage,
+                config=flags,
+                use_underscores=True,
+            )
     except SystemExit as error:
         if error.code == 0:
             raise
@@ -148,16 +156,18 @@ def _one_line(box: str) -> str:
         known = re.findall(r"--[\w.-]+", " ".join(rest[:-1]))
         return f"unknown field {name}{_nearest(name, known)}"
     message = re.sub(r"^Error parsing( experiment)?:? ", "", message)
+    message = experiments.plain(re.sub(r"\bexperiment\.", "", message))
     return re.sub(r"\s+", " ", message)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return (
-        f"; did you mean {close[0].replace('-', '_').replace('__', '--', 1)}?"
-        if close
-        else "; --help lists them"
-    )
+    def leaf(option: str) -> str:
+        return option.lstrip("-").split(".")[-1]
+
+    # Only the last name is compared: what stands before it is alike among all fields of a part.
+    leaves = {leaf(option): option for option in reversed(known)}
+    close = difflib.get_close_matches(leaf(name), leaves, n=1, cutoff=0.6)
+    return f"; did you mean {leaves[close[0]]}?" if close else "; --help lists them"
 
 
 @contextlib.contextmanager
@@ -169,7 +179,10 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, FloatingPointError, OSError) as error:
         if os.environ.get("ERGON_TRACEBACK"):
             raise
         fail(" ".join(str(error).split()))

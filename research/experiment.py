@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,19 +165,35 @@ class Experiment:
 
 def check(config: Any, path: str = "") -> None:
     """Checks every field of a dataclass tree against its annotation: the type, then the range."""
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    for field in dataclasses.fields(config):
-        value, where = getattr(config, field.name), f"{path}{field.name}"
-        hint = hints[field.name]
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    check_fields(type(config), values, path)
+
+
+def check_fields(cls: type, values: Mapping[str, Any], path: str) -> None:
+    """Checks values for fields of a dataclass, before one is made of them or after."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name, value in values.items():
+        hint, where = hints[name], plain(f"{path}{name}")
         try:
-            typeguard.check_type(value, hint)
+            typeguard.check_type(
+                value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
+            )
+            if isinstance(value, bool) and bool not in (hint, *typing.get_args(hint)):
+                raise typeguard.TypeCheckError("Python takes True for an int")
         except typeguard.TypeCheckError:
             raise UserError(f"{where} must be {_words(hint)}, not {value!r}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where} must be finite, not {value!r}")
         for bound in _bounds(hint):
             if value is not None and not _holds(bound, value):
                 raise UserError(f"{where} must be {_range(bound)}, not {value!r}")
         if dataclasses.is_dataclass(value):
-            check(value, f"{where}.")
+            check(value, f"{path}{name}.")
+
+
+def plain(path: str) -> str:
+    """A field's path as the command line spells it."""
+    return path.replace("optimizer.update", "optimizer").replace(".kwargs", "")
 
 
 def _bounds(hint: Any) -> Iterator[Any]:
@@ -204,7 +221,7 @@ def _holds(bound: Any, value: Any) -> bool:
 
 
 def _range(bound: Any) -> str:
-    return " and ".join(f"{sign} {limit:g}" for _, sign, limit in _limits(bound))
+    return " and ".join(f"{sign} {limit}" for _, sign, limit in _limits(bound))
 
 
 def _words(hint: Any) -> str:
@@ -250,6 +267,7 @@ def from_json(value: Any, allow: Sequence[str] = (), path: str = "", hint: Any =
                 known = [f.name for f in dataclasses.fields(cls)]
                 raise UserError(f"unknown field {path}{name}{did_you_mean(name, known)}")
         fields = {k: from_json(v, allow, f"{path}{k}.", hints[k]) for k, v in given.items()}
+        check_fields(cls, fields, path)
         try:
             return cls(**fields)
         except UserError:
@@ -282,6 +300,8 @@ def _import(name: str, allow: Sequence[str], path: str) -> type:
         raise UserError(f"{where} names the class {name}, which cannot be found: {error}") from None
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise UserError(f"{where} names {name}, which is not a dataclass")
+    if found.__module__.partition(".")[0] not in (*PACKAGES, *allow):
+        raise UserError(f"{where} names {name}, which is {found.__module__}'s and not allowed")
     return found
 
 

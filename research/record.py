@@ -162,7 +162,9 @@ class Recorder:
                 raise ValueError(f"step {step}, {split}: a metric cannot be called {metric!r}")
         for metric, value in {**values, "seconds": seconds}.items():
             if not math.isfinite(value):
-                raise ValueError(f"step {step}, {split}: {metric} is {value}, not a finite number")
+                raise FloatingPointError(
+                    f"step {step}, {split}: {metric} is {value}, not a finite number"
+                )
         row = {"step": step, "split": split, **values, "seconds": seconds}
         self._rows.write(json.dumps(row, allow_nan=False) + "\n")
         scalars = {f"{split}/{metric}": value for metric, value in values.items()}

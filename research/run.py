@@ -34,8 +34,8 @@ class Summary:
     """By split: the metrics of the parameters after the last step."""
     seconds: float
     """In steps, over all sessions of the run."""
-    steps_per_second: float | None
-    """Of the last session; None where it took no step."""
+    steps_per_second: float
+    """step / seconds."""
     apart: dict[str, float]
     """Seconds of the last session outside steps: compile, evaluate, save."""
     flops_per_step: int
@@ -59,29 +59,40 @@ def check(workdir: pathlib.Path, new: Experiment, fingerprint: str) -> list[str]
     if not workdir.is_dir():
         raise UserError(f"{workdir} is a file, not a run directory")
     if not (workdir / "config.json").exists():
-        if any(workdir.iterdir()):
+        if {path.name for path in workdir.iterdir()} - {"environment.json"}:
             raise UserError(f"{workdir} is not empty and holds no config.json: not a run directory")
+        return []
+    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    if not saved:  # nothing has been trained yet that a change could spoil
         return []
     before, after = read(workdir, "config.json"), experiments.to_json(new)
     for path, (was, now) in experiments.refusals(before, after).items():
+        field = experiments.plain(path)
         raise UserError(
-            f"{workdir} was trained with {path} = {json.dumps(was)}, and this asks for "
-            f"{json.dumps(now)}: give another --workdir, or the same {path}"
+            f"{workdir} was trained with {field} = {json.dumps(was)}, and this asks for "
+            f"{json.dumps(now)}: give another --workdir, or the same {field}"
         )
+    check_data(workdir, fingerprint)
+    if max(saved) > new.steps:
+        raise UserError(
+            f"{workdir} is already at step {max(saved)}, past steps = {new.steps}: "
+            "give another --workdir, or more steps"
+        )
+    changed = experiments.changes(before, after).items()
+    return [
+        f"continued with {experiments.plain(path)} = {now}, before {was}"
+        for path, (was, now) in changed
+    ]
+
+
+def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
+    """Raises UserError where a run was trained on other data."""
     trained_on = read(workdir, "environment.json")["data"]
     if trained_on != fingerprint:
         raise UserError(
             f"{workdir} was trained on data {trained_on[:12]}, and the data is now "
             f"{fingerprint[:12]}: the files, or the Python that ships them, have changed"
         )
-    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
-    if max(saved, default=0) > new.steps:
-        raise UserError(
-            f"{workdir} is already at step {max(saved)}, past steps = {new.steps}: "
-            "give another --workdir, or more steps"
-        )
-    changed = experiments.changes(before, after).items()
-    return [f"continued with {path} = {now}, before {was}" for path, (was, now) in changed]
 
 
 def read(workdir: pathlib.Path, name: str) -> Any:
@@ -116,6 +127,8 @@ def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str) -> No
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {workdir}: {error.strerror}") from None
+        for stale in ("summary.json", "table.txt"):  # of fewer steps
+            (workdir / stale).unlink(missing_ok=True)
         write(workdir, "environment.json", json.dumps(about, indent=2) + "\n")
         write(workdir, "config.json", experiments.dumps(experiment))
 
@@ -146,14 +159,32 @@ def summary(workdir: pathlib.Path) -> Summary:
     return Summary(**read(workdir, "summary.json"))
 
 
-def finished(workdir: pathlib.Path, e: Experiment) -> Summary | None:
-    """The summary of a run that already has all its steps and evaluations, or None."""
+def evaluated(workdir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:
+    """The metrics, by split, of the evaluations that a run has already logged at a step."""
+    rows = [row for row in record.read_metrics(workdir) if row["step"] == step]
+    ours = {"step", "split", "seconds"}
+    return {
+        row["split"]: {k: v for k, v in row.items() if k not in ours}
+        for row in rows
+        if row["split"] != "train"
+    }
+
+
+def finished(workdir: pathlib.Path, e: Experiment, news: Sequence[str]) -> Summary | None:
+    """The summary of a run that already has all its steps and evaluations, or None.
+
+    news: what the experiment changes, for its log.
+    """
     if not (workdir / "summary.json").exists():
         return None
     found = summary(workdir)
     done = found.step == e.steps or (found.early and e.early_stop.patience is not None)
     if not done or not set(e.final_splits) <= set(found.metrics):
         return None
+    if news:
+        write(workdir, "config.json", experiments.dumps(e))
+        with (workdir / "log.txt").open("a") as log:
+            log.writelines(f"{line}\n" for line in news)
     return finish(workdir, found, e.target)
 
 
@@ -201,7 +232,6 @@ def table(summaries: Sequence[Summary]) -> str:
 
 
 def _row(s: Summary) -> tuple[str, ...]:
-    rate = "unavailable" if s.steps_per_second is None else f"{s.steps_per_second:.4g}"
     flops = f"{s.flops_per_step:.4g}" + (
         "" if s.flops_qualifier == "exact" else f" ({s.flops_qualifier})"
     )
@@ -215,6 +245,6 @@ def _row(s: Summary) -> tuple[str, ...]:
         reached,
         verdict,
         f"{s.seconds:.1f}",
-        rate,
+        f"{s.steps_per_second:.4g}",
         flops,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -101,6 +102,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
 
     Raises UserError where data, model, task and devices do not fit one another.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes: runs of several are not supported yet")
     record.require(experiment.tracker)
     data = experiment.data.load()
     for split in ("train", *experiment.final_splits):
@@ -129,10 +132,16 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     outputs = _outputs(setup, batch)
     for name, split in data.items():
         try:
+            _check_vocabulary(experiment, split.arrays())
             experiment.task.check(outputs, split.arrays())
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    score = jax.eval_shape(experiment.task.score, outputs, batch)
+    try:
+        score = jax.eval_shape(experiment.task.score, outputs, batch)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        task, shape = type(experiment.task).__name__, list(outputs.shape)
+        reason = str(error).splitlines()[:1]
+        raise UserError(f"{task} cannot judge outputs of {shape}: {reason}") from error
     metrics = list(experiment.task.summary(dict.fromkeys(score, 1.0)))
     for field, wanted in experiment.watched.items():
         if wanted not in metrics:
@@ -148,14 +157,25 @@ def _outputs(setup: Setup, batch: splits.Batch) -> jax.ShapeDtypeStruct:
         with merged(setup.graph, state.params, state.model_state, training=False) as model:
             return task.outputs(model, batch, None, state.carry)[0]
 
+    state = setup.abstract
     try:
-        return jax.eval_shape(call, setup.abstract, batch)
+        return jax.eval_shape(call, state, batch)
     except (TypeError, ValueError) as error:
         given = batch["inputs"]
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the model does not take the data's inputs, {given.dtype}{list(given.shape)}: {reason}"
         ) from error
+
+
+def _check_vocabulary(experiment: Experiment, arrays: Mapping[str, np.ndarray]) -> None:
+    """An embedding gives NaN, and says nothing, for a token that it does not have."""
+    vocab, tokens = getattr(experiment.model, "vocab", None), arrays.get("tokens")
+    tokens = arrays.get("inputs") if tokens is None else tokens
+    if vocab is None or tokens is None or not np.issubdtype(tokens.dtype, np.integer):
+        return
+    if int(tokens.max()) >= vocab:
+        raise UserError(f"tokens run to {tokens.max()}, and model.vocab is {vocab}")
 
 
 def find(data: Mapping[str, splits.Split], split: str) -> splits.Split:

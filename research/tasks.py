@@ -124,11 +124,18 @@ class NextToken(Classify):
     unit: str = "token"
     """What a token is, for the name of the metric: bits_per_character, bits_per_word."""
 
+    def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
+        metrics = super().score(outputs, batch)
+        if self.label_smoothing:  # which the loss carries, and bits must not
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels
+            metrics["nll"] = weighted(losses(outputs, batch["targets"]), batch["weights"])
+        return metrics
+
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Adds bits a token, under the name of its unit, and perplexity."""
-        loss = means["loss"]
-        perplexity = math.exp(min(loss, 700.0))
-        return means | {f"bits_per_{self.unit}": loss / math.log(2), "perplexity": perplexity}
+        nll = means.get("nll", means["loss"])
+        perplexity = math.exp(min(nll, 700.0))
+        return means | {f"bits_per_{self.unit}": nll / math.log(2), "perplexity": perplexity}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

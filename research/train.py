@@ -43,7 +43,7 @@ class State:
 def init(setup: "Setup", root: jax.Array) -> State:
     """The state before the first step; traced, so that every array is made where it belongs."""
     e = setup.experiment
-    model: Any = e.model.make(nnx.Rngs(params=root))
+    model: Any = e.model.make(nnx.Rngs(params=jax.random.fold_in(root, 0)))
     params, model_state = variables(model)
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -61,7 +61,8 @@ def train_step(
 ) -> tuple[State, dict[str, Any]]:
     """One update: (state, batch, root key) -> (the next state, the metrics of the batch)."""
     e = setup.experiment
-    key = jax.random.fold_in(root, state.step)
+    # Apart from the keys of the parameters, which are derived from another branch of the root.
+    key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
         with merged(setup.graph, params, state.model_state, training=True) as model:
@@ -104,7 +105,7 @@ def train(
     """
     e = setup.experiment
     news = run.check(workdir, e, setup.fingerprint)
-    if finished := run.finished(workdir, e):
+    if finished := run.finished(workdir, e, news):
         return finished
     run.start(workdir, e, setup.fingerprint)
     with contextlib.ExitStack() as stack:
@@ -130,7 +131,7 @@ def train(
             values = mean([jax.device_get(metrics)])
             clock.lap()
             if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"the loss is {values['loss']} at step {step}")
+                raise FloatingPointError(f"the loss is {values['loss']} by step {step}")
             log.progress(step, values["loss"])
             if step % e.log_every == 0:
                 log.write(step, "train", e.task.summary(values), before + clock.seconds)
@@ -147,7 +148,6 @@ def train(
                 saved.save(step, state, before + clock.seconds)
 
         step, pending = start, None
-        evaluated: tuple[int, dict[str, dict[str, float]]] = (-1, {})
         over = e.early_stop.over(state.stop)
         stop = start if over else e.steps
         batches = splits.training(setup.splits["train"], setup.batch_size, e.seed, start, stop)
@@ -167,12 +167,12 @@ def train(
             report(*pending)
             pending = None
             if to_evaluate:
-                evaluated = step, evaluate(step, state, e.eval_split)
-                state = setup.judge(state, evaluated[1][e.eval_split])
+                state = setup.judge(state, evaluate(step, state, e.eval_split)[e.eval_split])
                 over = e.early_stop.over(state.stop)
             if to_save or asked.signal:
                 save(step, state)
             if asked.signal:
+                saved.wait()
                 log.message(f"stopped by signal {asked.signal} at step {step}; saved")
                 raise SystemExit(128 + asked.signal)
             if over:
@@ -180,12 +180,11 @@ def train(
                 break
         if pending is not None:
             report(*pending)
-        save(step, state)
-        final = evaluated[1] if evaluated[0] == step else {}
+        final = run.evaluated(workdir, step)
         for split in e.final_splits:
             if split not in final:
                 final |= evaluate(step, state, split)
-    trained = step - start
+        save(step, state)  # last, so that a state whose metrics are not finite is not kept
     summary = run.Summary(
         name=workdir.name,
         parameters=setup.parameters,
@@ -194,7 +193,7 @@ def train(
         early=bool(over),
         metrics=final,
         seconds=before + clock.seconds,
-        steps_per_second=trained / clock.seconds if trained else None,
+        steps_per_second=step / (before + clock.seconds),
         apart=clock.apart,
         flops_per_step=cost.model_flops,
         flops_qualifier=cost.qualifier,

@@ -22,8 +22,13 @@ class Ngram:
 
 def print_ngram(argv: list[str]) -> None:
     options = command.parse(Ngram, USAGE, argv)
+    if options.orders < 1:
+        command.fail(f"--orders must be 1 or more, not {options.orders}")
     with command.one_line_errors():
         models = [run.summary(path) for path in options.runs]
+    for model in models:
+        if "bits_per_character" not in model.metrics.get("validation", {}):
+            command.fail(f"{model.name} has no validation bits_per_character: not a run on text")
     tokens, vocab = PythonReference.tokens(), len(PythonReference.alphabet())
     text = tokens["train"], tokens["validation"], vocab
     orders = range(1, options.orders + 1)

@@ -29,6 +29,7 @@ def main() -> None:
     with command.one_line_errors():
         run.read(options.run, "config.json")
         ready = setup.prepare(command.load(options.run, options.allow))
+        run.check_data(options.run, ready.fingerprint)
         setup.find(ready.splits, options.split)
         saved = options.run / "checkpoints"
         step, state = checkpoint.read(saved, options.step, ready.abstract, ready.shardings)

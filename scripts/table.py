@@ -18,6 +18,8 @@ class Options:
 
 def main() -> None:
     options = command.parse(Options, USAGE)
+    if not options.runs:
+        command.fail(f"name one run or more: {USAGE}")
     with command.one_line_errors():
         print(run.table([run.summary(path) for path in options.runs]))
 

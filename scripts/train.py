@@ -17,13 +17,15 @@ class Options(command.Options):
     workdir: pathlib.Path | None = None
     """The run directory; None: runs/ and the config's name."""
     profile: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Write an xprof trace of N steps into the run directory."""
+    """Write an xprof trace of N steps into the run directory, after two that warm up."""
     require_target: bool = False
     """Exit with status 1 where the run misses its target."""
 
 
 def main() -> None:
     options = command.parse(Options, USAGE)
+    if options.profile < 0:
+        command.fail(f"--profile must be a number of steps, not {options.profile}")
     workdir = options.workdir or pathlib.Path("runs") / command.name(options.config)
     with command.one_line_errors():
         summary = train.train(setup.prepare(options.experiment), workdir, options.profile)

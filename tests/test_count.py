@@ -163,7 +163,7 @@ def test_traced():
 
 
 def fails(*_):
-    raise RuntimeError("\nthe first line\nthe second")
+    raise RuntimeError(f"\nthe first line{' and more' * 99}\nthe second")
 
 
 @pytest.mark.parametrize(
@@ -312,6 +312,19 @@ def test_gradients_of_convolutions_meet_the_same_pairs(sizes, channels):
         assert by_kernel.dense_flops == 2 * every
     both = exact(trained(fn, (0, 1)), *args).by_phase
     assert both == ({"forward": valid, "backward": 2 * valid} if valid else {})
+
+
+def test_padding_in_a_loop():
+    conv = functools.partial(lax.conv, window_strides=(1,), padding="SAME")
+
+    def fn(x, w):
+        return lax.scan(lambda c, _: (conv(c, w), None), x, None, length=7)[0]
+
+    found = exact(fn, array(2, 4, 5), array(4, 4, 3))
+    assert (found.matmul_flops, found.dense_flops) == (
+        7 * flops(2, 4, 4, 13),
+        7 * flops(2, 4, 4, 15),
+    )
 
 
 def test_padding_named_and_transposed_by_name():
@@ -506,6 +519,13 @@ def test_grouped_query_attention(heads, kv_heads):
     assert set(found.by_module) == {""}
 
 
+def test_a_mark_of_causality_holds_for_the_bodies_within():
+    def fn(x):
+        return scope("causal")(jax.jit(once))(x) + scope("inner")(once)(x)
+
+    assert exact(fn, SQUARE).causal_flops == CUBE + CUBE // 2
+
+
 def test_causal_attention_is_halved():
     b, t, n, h = 2, 6, 4, 8
     q = array(b, t, n, h)
@@ -692,6 +712,15 @@ def printed_in_jit(x):
     return x
 
 
+def solved(x):
+    """The solver takes x x and multiplies by it; the operator's own matrix serves gradients."""
+    operator, inverse = x @ x @ x @ x, x @ x
+    return lax.custom_linear_solve(
+        lambda v: operator @ v, x, lambda _, v: inverse @ (inverse @ v), symmetric=True
+    )
+
+
+both_powers = jax.jit(lambda x: (x @ x, x @ x @ x))
 first_jvp = jax.custom_jvp(lambda x, y: x)
 first_jvp.defjvps(None, None)
 first_vjp = jax.custom_vjp(lambda x, y: x)
@@ -717,7 +746,9 @@ DEAD = {
     "into_cond": (into_branch, 0),
     "printed": (printed, 1),
     "printed_in_jit": (printed_in_jit, 1),
-    "read_reference": (lambda x: (jax.new_ref(x)[...] @ x, x)[1], 0),
+    "read_reference": (lambda x: (jax.new_ref(x @ x)[...], x)[1], 0),
+    "solve": (solved, 3),
+    "outputs_in_turn": (lambda x: both_powers(x)[0] + both_powers(x + 1)[1], 3),
 }
 
 
@@ -826,8 +857,15 @@ def test_bounds_that_the_program_tells(fn, trips):
 
 
 def test_a_bound_that_is_a_closed_over_array():
-    bound, start = jnp.asarray(9), jnp.asarray(2)
-    assert exact(lambda x: fori(start, bound, x), SQUARE).matmul_flops == 7 * CUBE
+    bound, step = jnp.asarray(9), jnp.asarray(2)
+
+    def fn(x):
+        return lax.while_loop(
+            lambda c: c[0] < bound, lambda c: (c[0] + step, c[1] @ x), (jnp.asarray(0), x)
+        )
+
+    assert exact(fn, SQUARE).matmul_flops == 5 * CUBE
+    assert exact(jax.jit(fn), SQUARE).matmul_flops == 5 * CUBE
 
 
 def wild(start, test, step):

@@ -10,8 +10,8 @@ import time
 import jax
 import numpy as np
 
-from research import parallel, record
-from research.experiment import Experiment
+from research import UserError, parallel, record
+from research.experiment import EarlyStop, Experiment
 from research.setup import Setup, prepare
 from research.train import train
 
@@ -36,7 +36,18 @@ def overhead(experiment: Experiment, rounds: int) -> Overhead:
     A time is the median over the chunks of `log_every` steps; nothing is evaluated or saved.
     """
     chunk = experiment.log_every
-    setup = prepare(dataclasses.replace(experiment, target=None, eval_every=None, save_every=None))
+    if rounds < 1 or experiment.steps < 2 * chunk:
+        raise UserError(f"loop needs a round, and steps of at least twice log_every = {chunk}")
+    setup = prepare(
+        dataclasses.replace(
+            experiment,
+            target=None,
+            eval_every=None,
+            save_every=None,
+            early_stop=EarlyStop(),
+            tracker=None,
+        )
+    )
     pairs = [(_bare(setup, chunk), _loop(setup)) for _ in range(rounds)]
     ratios = [loop / bare for bare, loop in pairs]
     bare, loop = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))

@@ -92,7 +92,6 @@ class Count:
         return dict(found)
 
     def _add(self, other: "Count", times: int, within: "_Place") -> None:
-        times = int(times)  # a length may be numpy's
         if not times:
             return
         for (phase, module, dtype, causal), n in other.matmul.items():
@@ -181,7 +180,7 @@ def _place(stack: str) -> _Place:
     """From a name stack, such as `transpose(jvp(layers))/attention`."""
     scopes = re.sub(r"\w+\(|\)", "", stack).split("/")
     phase = "backward" if "transpose(" in stack else "forward"
-    named = (n for n in scopes if n not in _UNNAMED and "->" not in n and "," not in n)
+    named = (n for n in scopes if n not in _UNNAMED and "," not in n)
     return _Place(
         "recompute" if _RECOMPUTED in scopes else phase, ".".join(named), CAUSAL in scopes
     )
@@ -223,8 +222,7 @@ def _integer(value: Any) -> int | None:
     """A constant's value where it is an integer scalar."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value):
         return None
-    whole = _whole(value.dtype) if hasattr(value, "dtype") else isinstance(value, int)
-    return int(value) if whole else None
+    return int(value) if _whole(getattr(value, "dtype", None)) else None
 
 
 def _whole(dtype: Any) -> bool:

@@ -44,6 +44,8 @@ class TransformerConfig:
     no number."""
 
     def __post_init__(self) -> None:
+        if min(self.heads, self.width, self.kv_heads or 1) < 1:
+            return  # out of the range that the fields declare: the experiment says so
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.kv_heads or self.heads):

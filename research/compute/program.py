@@ -1,0 +1,683 @@
+"""What a compiled program does on each device, from XLA's optimised HLO, loops by their trips.
+
+XLA's own cost_analysis() counts a loop's body once, a custom call as -1, and is None for a GPU
+compiled for ahead of time. What is executed differs from the model's FLOPs where the compiler
+changes the mathematics: XLA's CPU backend computes a depthwise convolution's kernel gradient for
+every pair of channels and keeps the diagonal, for one.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.compute import hlo
+from research.compute.hlo import Computation, Instruction, Module, Shape
+
+COLLECTIVES = frozenset(
+    "all-reduce all-gather reduce-scatter all-to-all collective-permute ragged-all-to-all "
+    "collective-broadcast".split()
+)
+_FREE = frozenset(
+    "tuple get-tuple-element bitcast after-all partition-id replica-id "
+    "opt-barrier optimization-barrier domain add-dependency while conditional call async".split()
+)
+_SLICES = frozenset(("slice", "dynamic-slice", "gather"))
+# Custom calls that only place or mark.
+_MARKS = re.compile(
+    r"Sharding|SPMD\w+|AllocateBuffer|CreateBuffer|Pin|Unpin|annotate_device_placement|"
+    r"LayoutConstraint|InspectSharding|ConcatBitcast|AssumeGatherIndicesInBound|xla\..*"
+)
+# And those that move, sort or draw.
+_NO_PRODUCTS = re.compile(
+    r"SliceToDynamic|PadToStatic|(__gpu\$)?TopK|MoveToHost|MoveToDevice|GetRngSeed|"
+    r"RngBitGenerator|GatherScatterIndicesBitpacked|PartialReduce|ApproxTopK|"
+    r"\w*[tT]hreefry2x32\w*|__cub\$\w+"
+)
+_BACKWARD = {"__cudnn$convBackwardInput": (2, 1, 0), "__cudnn$convBackwardFilter": (0, 2, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Communication between devices."""
+
+    kind: str
+    """As HLO names it; the start and the end of an asynchronous one together."""
+    bytes: int
+    """Of the whole array on one device: an all-gather's output, a reduce-scatter's input."""
+    group_size: int
+    """Devices that take part together; the largest group."""
+    count: int
+    """Executions on one device."""
+    axes: tuple[str, ...] | None = None
+    """The mesh axes communicated over; None where no mesh was given or none match."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device, by the compiler's own account."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    """Outputs that take the place of donated arguments."""
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """Bytes per device, no argument counted twice."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass
+class Program:
+    """What one execution does on one device."""
+
+    matmul_flops: int = 0
+    """FLOPs of the dots and convolutions executed, 2 a multiply-add; a convolution's taps on
+    padding and holes not counted, a complex multiply-add as 4."""
+    bytes_by_space: Counter[int] = dataclasses.field(default_factory=Counter)
+    """Bytes read and written by memory space; 0 is the device's main memory."""
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    memory: Memory | None = None
+    unknown: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Executions of what has no rule here, by name; they count no FLOPs."""
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    """Why matmul_flops and collectives are not exact, besides unknown."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that instructions read and write, inside of fusions not counted; of an array that
+        is sliced or updated in place the part touched."""
+        return self.bytes_by_space.total()
+
+    @property
+    def exact(self) -> bool:
+        """Whether matmul_flops and collectives leave nothing out."""
+        return not (self.unknown or self.reasons)
+
+
+def program(compiled: Any, mesh: jax.sharding.Mesh | None = None) -> Program:
+    """Reads a jax.stages.Compiled; with the mesh that it was compiled for, collectives are given
+    the names of its axes."""
+    try:
+        text = compiled.as_text()
+    except Exception as error:
+        raise ValueError(f"this compiled program gives no HLO text: {error}") from error
+    if not text or not text.strip():
+        raise ValueError("this compiled program gives no HLO text")
+    found = read(text, mesh)
+    found.memory = _memory(compiled)
+    return found
+
+
+def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
+    """program, from the text alone, without memory."""
+    found = Program()
+    total = _Cost()
+    for module in hlo.modules(text):
+        if module.entry:
+            total.add(_Walk(module, mesh).cost(_Frame(module.computations[module.entry])))
+        else:
+            total.reasons["a module without an entry computation"] = None
+    found.matmul_flops, found.bytes_by_space = total.flops, total.bytes
+    found.collectives = [dataclasses.replace(c, count=n) for c, n in total.collectives.items()]
+    found.unknown, found.reasons = dict(total.unknown), list(total.reasons)
+    return found
+
+
+def _memory(compiled: Any) -> Memory | None:
+    try:
+        found = compiled.memory_analysis()
+    except (NotImplementedError, RuntimeError):
+        return None
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    try:
+        return Memory(*(getattr(found, f"{name}_size_in_bytes") for name in names))
+    except AttributeError:
+        return None
+
+
+@dataclasses.dataclass
+class _Cost:
+    flops: int = 0
+    bytes: Counter[int] = dataclasses.field(default_factory=Counter)
+    collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    """By the collective, its own count left at 0."""
+    unknown: Counter[str] = dataclasses.field(default_factory=Counter)
+    reasons: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "_Cost", times: int = 1) -> None:
+        if not times:
+            return
+        self.flops += times * other.flops
+        for space, n in other.bytes.items():
+            self.bytes[space] += times * n
+        for collective, n in other.collectives.items():
+            self.collectives[collective] += times * n
+        for name, n in other.unknown.items():
+            self.unknown[name] += times * n
+        self.reasons.update(other.reasons)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """A computation and the instruction that calls it."""
+
+    computation: Computation
+    parent: "_Frame | None" = None
+    call: Instruction | None = None
+    fused: bool = False
+
+    @property
+    def loop(self) -> bool:
+        return self.call is not None and self.call.opcode == "while"
+
+
+@dataclasses.dataclass
+class _Walk:
+    module: Module
+    mesh: jax.sharding.Mesh | None
+
+    def cost(self, frame: _Frame) -> _Cost:
+        """Of one execution of a computation."""
+        total = _Cost()
+        for i in frame.computation.instructions.values():
+            if not i.opcode.endswith(("-done", "-update")):
+                self.instruction(frame, i, total)
+        return total
+
+    def instruction(self, frame: _Frame, i: Instruction, total: _Cost) -> None:
+        comp, opcode = frame.computation, i.opcode.removesuffix("-start")
+        if opcode in ("constant", "parameter"):
+            return
+        operands = [comp.instructions[name].shape for name in i.operands]
+        if opcode == "while":
+            self.loop(frame, i, total)
+        elif opcode == "conditional":
+            self.conditional(frame, i, total)
+        elif opcode in ("fusion", "call", "async"):
+            for name in i.computations("calls", "to_apply"):
+                total.add(self.cost(self.enter(frame, i, name)))
+        result = _result(comp, i)
+        if opcode in ("dot", "scaled-dot"):
+            total.flops += _dot(i, operands, result)
+        elif opcode == "ragged-dot":
+            total.flops += _ragged(i, operands)
+        elif opcode == "convolution":
+            total.flops += _convolution(i, operands[0], operands[1], result)
+        elif opcode in ("cholesky", "triangular-solve"):
+            total.unknown[opcode] += 1
+        elif opcode == "custom-call":
+            _custom(i, operands, result, total)
+        elif opcode in COLLECTIVES:
+            found = self.collective(i, operands, result, total)
+            # TPU: an all-reduce that keeps a part only, moved as a reduce-scatter is.
+            if frame.fused and comp.name.startswith("all-reduce-scatter"):
+                found = dataclasses.replace(found, kind="reduce-scatter")
+            total.collectives[found] += 1
+        if opcode in ("dot", "convolution") and any(s.dynamic for s in operands):
+            total.reasons[f"{opcode}: a dynamic size counted at its bound"] = None
+        if not (frame.fused or opcode in _FREE or _MARKS.fullmatch(_target(i))):
+            for name in dict.fromkeys(i.operands):
+                reads = (self.reads(comp, i, k) for k, o in enumerate(i.operands) if o == name)
+                shape = comp.instructions[name].shape
+                # Of a tuple all is read.
+                read = sum(reads)
+                part = {shape.space: read} if shape.dtype and read < shape.bytes else None
+                total.bytes.update(part or _by_space(shape))
+            total.bytes.update(self.writes(comp, i, result))
+
+    def enter(self, frame: _Frame, i: Instruction, name: str) -> _Frame:
+        fused = frame.fused or i.opcode.startswith("fusion")
+        return _Frame(self.module.computations[name], frame, i, fused)
+
+    def conditional(self, frame: _Frame, i: Instruction, total: _Cost) -> None:
+        keys = ("branch_computations", "true_computation", "false_computation")
+        branches = [self.cost(self.enter(frame, i, name)) for name in i.computations(*keys)]
+        largest = max(branches, key=lambda b: (b.flops, b.bytes.total()))
+        if any(
+            (b.flops, b.collectives, b.unknown)
+            != (largest.flops, largest.collectives, largest.unknown)
+            for b in branches
+        ):
+            total.reasons["conditional: branches differ; the largest counted"] = None
+        total.add(largest)
+
+    def loop(self, frame: _Frame, i: Instruction, total: _Cost) -> None:
+        trips = self.trips(frame, i)
+        body, condition = (
+            self.enter(frame, i, i.computations(k)[0]) for k in ("body", "condition")
+        )
+        if trips is None:
+            total.reasons["while: trip count unknown; one counted"] = None
+        total.add(self.cost(body), 1 if trips is None else trips)
+        total.add(self.cost(condition), (1 if trips is None else trips) + 1)
+
+    # Trip counts.
+
+    def trips(self, frame: _Frame, i: Instruction) -> int | None:
+        """How often a while's body runs; None where neither XLA nor its condition says."""
+        known = i.config.get("known_trip_count", {}).get("n")
+        if known is not None:
+            return int(known)
+        condition = self.enter(frame, i, i.computations("condition")[0])
+        at, compare = self.through(condition, condition.computation.root)
+        if compare.opcode != "compare":
+            return None
+        sides = [self.progress(frame, i, self.affine(at, name)) for name in compare.operands]
+        if sides[0] is None or sides[1] is None:
+            return None
+        start, step = (a - b for a, b in zip(*sides, strict=True))
+        return _trips(start, step, compare.attributes.get("direction", ""))
+
+    def through(self, frame: _Frame, name: str) -> tuple[_Frame, Instruction]:
+        """What a name stands for, inside fusions and behind copies."""
+        i = frame.computation.instructions[name]
+        if i.opcode in ("fusion", "call"):
+            inner = self.enter(frame, i, i.computations("calls", "to_apply")[0])
+            return self.through(inner, inner.computation.root)
+        if i.opcode in ("copy", "bitcast", "reshape"):
+            return self.through(frame, i.operands[0])
+        return frame, i
+
+    def progress(
+        self, frame: _Frame, i: Instruction, value: tuple[int | None, int] | None
+    ) -> tuple[int, int] | None:
+        """The start and the step, over the trips of a while in frame, of a value of its state."""
+        if value is None:
+            return None
+        slot, offset = value
+        if slot is None:
+            return offset, 0
+        step = self.step(frame, i, slot)
+        start = self.constant(frame, i.operands[0], slot)
+        return None if step is None or start is None else (start + offset, step)
+
+    def step(self, frame: _Frame, i: Instruction, slot: int) -> int | None:
+        """What each trip of a while in frame adds to a slot of its state."""
+        body = self.enter(frame, i, i.computations("body")[0])
+        after = self.affine(body, body.computation.root, slot)
+        return after[1] if after and after[0] == slot else None
+
+    def constant(self, frame: _Frame, name: str, index: int | None) -> int | None:
+        """A value that every execution of frame finds the same."""
+        value = self.affine(frame, name, index)
+        if value is None:
+            return None
+        slot, offset = value
+        if slot is None:
+            return offset
+        while not frame.loop and frame.parent:
+            frame = frame.parent
+        if frame.parent is None or frame.call is None:
+            return None
+        if self.step(frame.parent, frame.call, slot) != 0:
+            return None
+        outer = self.constant(frame.parent, frame.call.operands[0], slot)
+        return None if outer is None else outer + offset
+
+    def affine(
+        self, frame: _Frame, name: str, index: int | None = None
+    ) -> tuple[int | None, int] | None:
+        """An integer, or element index of a tuple, as (slot, offset): a slot of the state of the
+        loop around (-1 where that is no tuple; None for a constant) plus an offset."""
+        i = frame.computation.instructions[name]
+        match i.opcode:
+            case "constant":
+                text = i.operands[0]
+                return (None, int(text)) if re.fullmatch(r"-?\d+", text) else None
+            case "parameter" if frame.loop:
+                return (-1 if index is None else index), 0
+            case "parameter" if frame.parent and frame.call and frame.call.opcode != "conditional":
+                return self.affine(frame.parent, frame.call.operands[int(i.operands[0])], index)
+            case "get-tuple-element" if index is None:
+                return self.affine(frame, i.operands[0], int(i.attributes["index"]))
+            case "tuple" if index is not None:
+                return self.affine(frame, i.operands[0 if index < 0 else index])
+            case "copy" | "convert" | "bitcast" | "reshape" | "copy-start" | "copy-done":
+                return self.affine(frame, i.operands[0], index)
+            case "opt-barrier" | "optimization-barrier":
+                return self.affine(frame, i.operands[0], index)
+            case "add" | "subtract":
+                a, b = (self.affine(frame, o) for o in i.operands)
+                if (
+                    a is None
+                    or b is None
+                    or (b[0] is not None and (a[0], i.opcode) != (None, "add"))
+                ):
+                    return None
+                slot = b[0] if a[0] is None else a[0]
+                return slot, a[1] + (b[1] if i.opcode == "add" else -b[1])
+            case "fusion" | "call":
+                inner = self.enter(frame, i, i.computations("calls", "to_apply")[0])
+                return self.affine(inner, inner.computation.root, index)
+            case "while" if index is not None and self.step(frame, i, index) == 0:
+                return self.affine(frame, i.operands[0], index)
+        return None
+
+    # Bytes.
+
+    def reads(self, comp: Computation, i: Instruction, k: int) -> int:
+        """Bytes that an instruction reads of its operand k."""
+        whole = comp.instructions[i.operands[k]].shape.bytes
+        if i.opcode in _SLICES and k == 0:
+            return min(whole, i.shape.bytes)
+        if k == 0 and i.opcode == "dynamic-update-slice":
+            return 0
+        if k < _scattered(i):
+            return self.writes(comp, i, i.shape).total() // _scattered(i)
+        if i.opcode == "bitcast":
+            return self.used(comp, i.name)
+        if i.opcode == "fusion":
+            inner = self.module.computations[i.computations("calls")[0]]
+            return self.used(inner, inner.parameters[k].name)
+        return whole
+
+    def used(self, comp: Computation, name: str) -> int:
+        """Bytes read of a value inside a fusion."""
+        whole = comp.instructions[name].shape.bytes
+        if name == comp.root:
+            return whole
+        reads = (
+            self.reads(comp, user, k)
+            for user in comp.users.get(name, ())
+            for k, operand in enumerate(user.operands)
+            if operand == name
+        )
+        return min(whole, sum(reads))
+
+    def writes(self, comp: Computation, i: Instruction, result: Shape) -> Counter[int]:
+        """Bytes that an instruction writes of its result, by the memory space of the result."""
+        if i.opcode == "dynamic-update-slice":
+            return Counter({result.space: comp.instructions[i.operands[1]].shape.bytes})
+        inside: list[tuple[str, Shape]] = []
+        if n := _scattered(i):
+            shapes = result.elements or (result,)
+            updates = (comp.instructions[name].shape.bytes for name in i.operands[-n:])
+            return sum(
+                (Counter({s.space: u}) for s, u in zip(shapes, updates, strict=True)), Counter()
+            )
+        if i.opcode == "fusion":
+            comp = self.module.computations[i.computations("calls")[0]]
+            inside = [(comp.root, result)]
+        elif i.opcode == "bitcast":
+            inside = [(i.operands[0], result)]
+        elif i.opcode == "tuple":
+            inside = list(zip(i.operands, result.elements, strict=True))
+        if not inside:
+            return _by_space(result)
+        parts = (self.writes(comp, comp.instructions[name], shape) for name, shape in inside)
+        return sum(parts, Counter())
+
+    # Collectives.
+
+    def collective(
+        self, i: Instruction, operands: list[Shape], result: Shape, total: _Cost
+    ) -> Collective:
+        opcode = i.opcode.removesuffix("-start")
+        size = sum(s.bytes for s in operands) if opcode == "reduce-scatter" else result.bytes
+        groups = _groups(i, self.module.devices)
+        if groups is None:
+            total.reasons[f"{opcode}: groups not understood"] = None
+            return Collective(opcode, size, 0, 0)
+        complete = opcode != "collective-permute"
+        return Collective(opcode, size, max(map(len, groups)), 0, self.axes(groups, complete))
+
+    def axes(self, groups: list[list[int]], complete: bool) -> tuple[str, ...] | None:
+        """The mesh axes that groups run along; complete if a group must fill them."""
+        if self.mesh is None or self.mesh.size != self.module.devices:
+            return None
+        shape = tuple(self.mesh.shape.values())
+        varies = np.zeros(len(shape), bool)
+        for group in groups:
+            places = np.array(np.unravel_index(group, shape))
+            varies |= (places != places[:, :1]).any(1)
+        filled = math.prod(n for n, v in zip(shape, varies, strict=True) if v)
+        if complete and any(len(group) != filled for group in groups):
+            return None
+        return tuple(str(n) for n, v in zip(self.mesh.axis_names, varies, strict=True) if v)
+
+
+def _by_space(shape: Shape) -> Counter[int]:
+    """The bytes of a shape by memory space."""
+    found: Counter[int] = Counter()
+    for leaf in shape.leaves:
+        found[leaf.space] += leaf.bytes
+    return found
+
+
+def _scattered(i: Instruction) -> int:
+    """How many arrays a scatter updates; 0 for anything else."""
+    return len(i.operands) // 2 if i.opcode == "scatter" else 0
+
+
+def _result(comp: Computation, i: Instruction) -> Shape:
+    """The shape of the result, for the start of an asynchronous instruction that of its end."""
+    if i.opcode in ("send", "recv"):
+        return i.shape.elements[0] if i.opcode == "recv" else Shape("")
+    if _target(i).startswith(("__cublas$", "__cudnn$")) and i.shape.elements:
+        *kept, last = i.shape.elements
+        # Their scratch space; how much of it is used is not told.
+        scratch = len(last.dims) == 1 and last.dtype in ("s8", "u8")
+        return Shape("", elements=tuple(kept)) if scratch else i.shape
+    if not i.opcode.endswith("-start"):
+        return i.shape
+    users = [u for u in comp.users.get(i.name, ()) if u.opcode.endswith(("-done", "-update"))]
+    if users:
+        return users[0].shape if users[0].opcode.endswith("-done") else _result(comp, users[0])
+    if i.opcode == "all-reduce-start" or not i.shape.elements:
+        return i.shape
+    return i.shape.elements[0 if i.opcode == "copy-start" else 1]
+
+
+def _trips(start: int, step: int, direction: str) -> int | None:
+    """How often start + n step stands in direction to 0, from n = 0 on."""
+    if direction in ("GT", "GE"):
+        return _trips(-start, -step, {"GT": "LT", "GE": "LE"}[direction])
+    if direction == "LE":
+        return _trips(start - 1, step, "LT")
+    if direction == "LT":
+        return 0 if start >= 0 else -(start // step) if step > 0 else None
+    if direction == "NE":
+        if start == 0:
+            return 0
+        return -start // step if step and start % step == 0 and start * step < 0 else None
+    return None
+
+
+def _groups(i: Instruction, devices: int) -> list[list[int]] | None:
+    """The devices that communicate with each other; None where the text is not understood."""
+    if "source_target_pairs" in i.attributes:
+        return list(_connected(i.dims("source_target_pairs")))
+    text = i.attributes.get("replica_groups", "{}")
+    if match := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, source, order = ([int(n) for n in (g or "").split(",") if n] for g in match.groups())
+        ids = np.arange(math.prod(source)).reshape(source)
+        found: list[list[int]] = (ids.transpose(order) if order else ids).reshape(shape).tolist()
+        return found
+    if match := re.fullmatch(r"mesh\[(.*?)\] *\{(.*?)\}", text):
+        return _mesh_groups(match[1], match[2])
+    if not re.fullmatch(r"\{[{}\d, ]*\}", text):
+        return None
+    listed = re.findall(r"\{([\d, ]+)\}", text)
+    return [[int(n) for n in g.split(",")] for g in listed] or [list(range(devices))]
+
+
+def _mesh_groups(mesh: str, over: str) -> list[list[int]] | None:
+    """Groups as mesh['a'=4,'b'=2] {'a'} gives them; 'a':(2)2 is a part of an axis, the one of
+    size 2 after 2."""
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", mesh)}
+    dims: list[tuple[int, bool]] = []
+    chosen = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", over)
+    if not sizes or any(name not in sizes for name, *_ in chosen):
+        return None
+    for name, size in sizes.items():
+        left = size
+        for before, part in sorted(
+            (int(b or 1), int(p or size)) for n, b, p in chosen if n == name
+        ):
+            held = size // left
+            dims += [(before // held, False), (part, True)]
+            left = size // (before * part)
+        dims.append((left, False))
+    ids = np.arange(math.prod(sizes.values())).reshape([n for n, _ in dims])
+    order = sorted(range(len(dims)), key=lambda d: dims[d][1])
+    group = math.prod(n for n, inside in dims if inside)
+    found: list[list[int]] = ids.transpose(order).reshape(-1, group).tolist()
+    return found
+
+
+def _connected(ends: list[int]) -> Iterator[list[int]]:
+    """The devices joined by pairs, given as a flat list."""
+    joined: dict[int, set[int]] = {}
+    for a, b in zip(ends[::2], ends[1::2], strict=True):
+        both = joined.get(a, {a}) | joined.get(b, {b})
+        joined.update(dict.fromkeys(both, both))
+    seen: set[int] = set()
+    for device, group in joined.items():
+        if device not in seen:
+            seen |= group
+            yield sorted(group)
+    if not joined:
+        yield [0]
+
+
+# FLOPs.
+
+
+def _dot(i: Instruction, operands: list[Shape], result: Shape) -> int:
+    return _product(
+        operands[0], operands[1], i.dims("rhs_contracting_dims") + i.dims("rhs_batch_dims")
+    )
+
+
+def _product(left: Shape, right: Shape, shared: list[int]) -> int:
+    """FLOPs of a product; shared are the dimensions of the right one that the left one has too."""
+    free = right.size // (math.prod(right.dims[d] for d in shared) or 1)
+    return 2 * left.size * free * _complex(left)
+
+
+def _complex(shape: Shape) -> int:
+    """Real multiply-adds in one."""
+    return 4 if shape.dtype.startswith("c") else 1
+
+
+def _ragged(i: Instruction, operands: list[Shape]) -> int:
+    """Every row of the left one meets the right one of its own group only."""
+    shared = {int(d) for k in ("contracting", "batch", "group") for d in i.dims(f"rhs_{k}_dims")}
+    return _product(operands[0], operands[1], sorted(shared))
+
+
+def _convolution(i: Instruction, image: Shape, kernel: Shape, result: Shape) -> int:
+    """FLOPs of a forward convolution, or of the same one's gradients, on valid taps."""
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", i.attributes["dim_labels"].replace("?", "x"))
+    if not labels:
+        raise ValueError(f"not a convolution's dim_labels: {i.attributes['dim_labels']}")
+    named = [
+        dict(zip(text, shape.dims, strict=True))
+        for text, shape in zip(labels.groups(), (image, kernel, result), strict=True)
+    ]
+    window = dict(re.findall(r"(\w+)=(\S+)", i.attributes.get("window", "").strip("{}")))
+    spatial = sorted(set(filter(str.isdigit, labels[2])), key=int)
+
+    def of(key: str, d: int, default: str) -> str:
+        return str(window[key].split("x")[d]) if key in window else default
+
+    taps = 1
+    for d, label in enumerate(spatial):
+        low = int(of("pad", d, "0_0").split("_")[0])
+        stride, hole, spread = (
+            int(of(key, d, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        sizes = (named[0][label], named[1][label], named[2][label])
+        taps *= valid_taps(*sizes, stride, low, hole, spread)
+    return 2 * named[2]["b"] * named[2]["f"] * named[1]["i"] * taps * _complex(image)
+
+
+def valid_taps(
+    image: int, kernel: int, out: int, stride: int, low: int, hole: int, spread: int
+) -> int:
+    """Pairs of an output and a kernel position, in one dimension, that meet an element of the
+    image: stride of the window, padding at its low end, dilation of the image and the kernel."""
+    extent = (image - 1) * hole + 1 if image else 0
+    common = math.gcd(stride, hole)
+    period = hole // common
+    inverse = pow(stride // common, -1, period) if period > 1 else 0
+    total = 0
+    for k in range(kernel):
+        # Output n meets the image at n stride + at.
+        at = k * spread - low
+        if at % common:
+            continue
+        first = max(0, -(at // stride))
+        last = min(out - 1, (extent - 1 - at) // stride)
+        phase = (-at // common) * inverse % period if period > 1 else 0
+        first += (phase - first) % period
+        if last >= first:
+            total += (last - first) // period + 1
+    return total
+
+
+def _target(i: Instruction) -> str:
+    return i.attributes.get("custom_call_target", "").strip('"')
+
+
+def _custom(i: Instruction, operands: list[Shape], result: Shape, total: _Cost) -> None:
+    """The products in a custom call whose kind is known; the name of any other."""
+    target = _target(i)
+    first = result.leaves[0] if result.leaves else Shape("")
+    flops: int | None = None
+    if target.startswith("__cublas$"):
+        config = i.config.get("gemm_backend_config") or i.config.get(
+            "grouped_gemm_backend_config", {}
+        ).get("gemm_backend_config", {})
+        numbers = config.get("dot_dimension_numbers")
+        if numbers and "grouped" not in target:
+            shared = [
+                int(d)
+                for key in ("rhs_contracting_dimensions", "rhs_batch_dimensions")
+                for d in numbers.get(key, ())
+            ]
+            flops = _product(operands[0], operands[1], shared)
+    elif target.startswith("__cudnn$conv") and "dim_labels" in i.attributes:
+        shapes = (operands[0], operands[1], first)
+        order = _BACKWARD.get(target, (0, 1, 2))
+        flops = _convolution(i, *(shapes[k] for k in order))
+    elif target.startswith("__cudnn$fmha"):
+        flops = _attention(i, target, operands, total)
+    elif target == "__onednn$matmul":
+        config = i.config.get("onednn_matmul_config", {})
+        inner = operands[0].dims[-2 if config.get("transpose_a") else -1]
+        flops = 2 * first.size * inner
+    elif target == "__onednn$convolution" and "dim_labels" in i.attributes:
+        flops = _convolution(i, operands[0], operands[1], first)
+    elif target == "tpu_custom_call":
+        estimate = i.config.get("custom_call_config", {}).get("cost_estimate", {}).get("flops")
+        if estimate is not None:
+            flops = int(estimate)
+            total.reasons["tpu_custom_call: its author's estimate of FLOPs counted"] = None
+    elif _MARKS.fullmatch(target) or _NO_PRODUCTS.fullmatch(target):
+        flops = 0
+    if flops is None:
+        total.unknown[target or "custom-call"] += 1
+    else:
+        total.flops += flops
+
+
+def _attention(i: Instruction, target: str, operands: list[Shape], total: _Cost) -> int | None:
+    """2 products forward; backward 4, and the scores again."""
+    config = i.config.get("cudnn_fmha_backend_config", {})
+    dims = config.get("intermediate_tensor_shape", {}).get("dimensions")
+    if not dims:
+        return None
+    if config.get("mask_type", "NO_MASK") != "NO_MASK" or config.get("sliding_window_length"):
+        total.reasons["cuDNN attention: masked parts counted too"] = None
+    products = 5 if target.endswith("Backward") else 2
+    return 2 * products * math.prod(int(n) for n in dims) * operands[0].dims[-1]
