@@ -4,8 +4,8 @@
         python scripts/train.py configs/cnn_digits.py --seed $k --workdir runs/cnn_$k
     done
 
-Three seeds: test accuracy 98.9%, 99.4%, 99.2%; mean 99.2, standard deviation 0.3; target 98.5%. One
-run takes 20 s on 2 CPU cores.
+Three seeds: test accuracy 98.6%, 99.2%, 99.2%; mean 99.0, standard deviation 0.3; target 98.5%. One
+run takes 16 s on 2 CPU cores, 10 s of it in its 800 steps.
 """
 
 from research.data.bundled import Digits

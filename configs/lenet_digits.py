@@ -4,8 +4,8 @@
         python scripts/train.py configs/lenet_digits.py --seed $k --workdir runs/lenet_$k
     done
 
-Three seeds: test accuracy 98.6%, 98.3%, 98.1%; mean 98.3, standard deviation 0.3; target 96%.
-One run takes 15 s on 2 CPU cores.
+Three seeds: test accuracy 98.3%, 98.1%, 98.9%; mean 98.4, standard deviation 0.4; target 96%.
+One run takes 12 s on 2 CPU cores, 7 s of it in its 600 steps.
 """
 
 from research.data.bundled import Digits

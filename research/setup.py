@@ -140,7 +140,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         score = jax.eval_shape(experiment.task.score, outputs, batch)
     except (TypeError, ValueError, NotImplementedError) as error:
         task, shape = type(experiment.task).__name__, list(outputs.shape)
-        reason = str(error).splitlines()[:1]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{task} cannot judge outputs of {shape}: {reason}") from error
     metrics = list(experiment.task.summary(dict.fromkeys(score, 1.0)))
     for field, wanted in experiment.watched.items():

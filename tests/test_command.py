@@ -68,6 +68,8 @@ def test_a_schedule_is_overridden_by_its_own_arguments():
         (["--optimizer.name", "adagrad"], ["adagrad", "weight_decay"]),
         (["--optimizer.learning_rate", "-1"], ["learning_rate", "-1"]),
         (["stray"], ["stray"]),
+        (["--optimizer.lr", "3"], ["unknown field --optimizer.lr; --help lists them"]),
+        (["--target.value", "nan"], ["target.value must be finite"]),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_and_what_would_be_right(capsys, argv, words):
@@ -82,6 +84,8 @@ def test_no_config_absent_config_and_files_that_are_not_configs(capsys, tmp_path
         ("a.txt", "", "neither a .py config nor a .json"),
         ("b.py", "x = 1", "has no function config()"),
         ("c.py", "def config(): return 3", "gives a int, not an Experiment"),
+        ("c2.py", "def config(: pass", "SyntaxError"),
+        ("c3.py", "def config(): return dict(one=1)['two']", "KeyError: 'two'"),
         ("d.json", "{", "is not JSON"),
         ("e.json", "[]", "gives a"),
         ("f.json", '{"class": "os:system"}', "only research, configs may be imported"),
@@ -101,7 +105,7 @@ def test_help_shows_every_field_with_its_default(capsys):
         parse(CONFIG, "--help")
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for words in ["--steps INT", "--model.dropout FLOAT", "--optimizer.learning-rate", "--flag"]:
+    for words in ["--steps INT", "--model.dropout FLOAT", "--optimizer.learning_rate", "--flag"]:
         assert words in text
     assert text.count("(default:") >= 30
 

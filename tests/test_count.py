@@ -314,6 +314,22 @@ def test_gradients_of_convolutions_meet_the_same_pairs(sizes, channels):
     assert both == ({"forward": valid, "backward": 2 * valid} if valid else {})
 
 
+def test_any_convolution():
+    """A hundred along one axis, of sizes, steps and padding at random."""
+    rng = np.random.default_rng(0)
+    tried = 0
+    while tried < 100:
+        n, k, stride, hole, dilation = (int(i) for i in rng.integers(1, [9, 6, 5, 5, 4]))
+        pads = [tuple(int(i) for i in rng.integers(-2, 7, 2))]
+        sizes, channels = convolution((n,), (k,), (stride,), pads, (hole,), (dilation,))
+        if spread(n, hole) + sum(pads[0]) < spread(k, dilation) or min(pads[0]) < -n + 1:
+            continue
+        fn, args, (valid, every) = convolve(sizes, channels)
+        found = exact(fn, *args)
+        assert (found.matmul_flops, found.dense_flops) == (valid, every), sizes
+        tried += 1
+
+
 def test_padding_in_a_loop():
     conv = functools.partial(lax.conv, window_strides=(1,), padding="SAME")
 
@@ -902,6 +918,18 @@ def test_trips_that_depend_on_data(name):
     assert found.matmul_flops == CUBE
     assert found.qualifier == "lower bound"
     assert found.lower == ["while: the number of trips depends on data; one is counted"]
+
+
+def test_bounds_that_change_from_trip_to_trip():
+    def fn(x):
+        def step(carry, stop):
+            start, y = carry
+            return (start + 1, fori(start, stop, fori(start, 9, y))), None
+
+        return lax.scan(step, (1, x), jnp.arange(5))[0]
+
+    found = counted(fn, SQUARE)
+    assert (found.matmul_flops, found.qualifier) == (10 * CUBE, "lower bound")
 
 
 def test_a_reason_is_given_once():

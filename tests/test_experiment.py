@@ -41,7 +41,7 @@ def test_json_holds_every_field_of_the_tree():
         (lambda: changed(batch_size="all"), "batch_size must be int or None, not 'all'"),
         (lambda: changed(batch_size=0), "batch_size must be >= 1, not 0"),
         (lambda: changed(ema=1.0), "ema must be > 0 and < 1, not 1.0"),
-        (lambda: changed(seed=-1), "seed must be >= 0 and < 2.14748e+09, not -1"),
+        (lambda: changed(seed=-1), "seed must be >= 0 and < 2147483648, not -1"),
         (lambda: changed(model=3), "model must be Model, not 3"),
         (
             lambda: changed(model=MLPConfig(features=30, sizes=(1,), dropout=1.5)),
@@ -85,6 +85,20 @@ def with_class(name, **fields):
             ["unknown field model.size", "did you mean sizes?"],
         ),
         (with_class("research.models.mlp:MLPConfig", features=3), ["model", "sizes"]),
+        (
+            with_class("research.models.mlp:MLPConfig", features=3, sizes=[4, 2.5]),
+            ["model.sizes must be", "(4, 2.5)"],
+        ),
+        (
+            with_class("research.models.mlp:MLPConfig", features=True, sizes=[4]),
+            ["model.features must be int, not True"],
+        ),
+        (
+            with_class("research.models.lstm:LSTMConfig", outputs=3, vocab=3, width="128"),
+            ["model.width must be int, not '128'"],
+        ),
+        # A class that an allowed module happens to import is not one of its own.
+        (with_class("research.train:nnx.GraphDef"), ["model", "flax", "not allowed"]),
     ],
 )
 def test_json_refuses_what_it_should_not_build(tree, words):

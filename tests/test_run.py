@@ -95,6 +95,7 @@ def test_an_unfinished_run_has_no_summary_and_a_broken_file_is_named(tmp_path):
     run.start(tmp_path, tiny.mlp(), "")
     with pytest.raises(UserError, match="has not finished"):
         run.summary(tmp_path)
+    (tmp_path / "checkpoints/3").mkdir(parents=True)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
         run.check(tmp_path, tiny.mlp(), "")
@@ -116,7 +117,7 @@ def test_table():
         early=False,
         metrics={},
         seconds=12.34,
-        steps_per_second=None,
+        steps_per_second=0.81,
         apart={},
         flops_per_step=1500000000,
         flops_qualifier="exact",
@@ -134,7 +135,7 @@ def test_table():
     ).splitlines()
     assert head.split()[:3] == ["model", "parameters", "data"]
     assert first.split()[0:3] == ["lstm", "1,234,567", "Words"]
-    assert first.split()[-5:] == ["0.8000", "MISSED", "12.3", "unavailable", "1.5e+09"]
+    assert first.split()[-5:] == ["0.8000", "MISSED", "12.3", "0.81", "1.5e+09"]
     assert second.split()[-6:] == ["met", "12.3", "20", "1.5e+09", "(upper", "bound)"]
 
 

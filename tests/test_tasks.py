@@ -298,3 +298,14 @@ def test_lengths_reach_the_model():
     outputs = [task.outputs(model, b, None, None)[0] for b in (batch, whole)]
     same = np.all(outputs[0] == outputs[1], axis=-1)
     assert same.tolist() == (batch["lengths"] == 6).tolist()
+
+
+def test_bits_and_perplexity_leave_label_smoothing_out():
+    logits = jnp.array([[[20.0, 0, 0, 0]]])
+    batch = {"targets": jnp.array([[0]]), "weights": jnp.ones((1, 1))}
+    task = NextToken(label_smoothing=0.1)
+    means = {k: float(v.total / v.weight) for k, v in task.score(logits, batch).items()}
+    found = task.summary(means)
+    assert found["loss"] == pytest.approx(0.1 * 20 * 3 / 4, rel=1e-4)
+    assert found["bits_per_token"] == pytest.approx(0, abs=1e-6)
+    assert found["perplexity"] == pytest.approx(1)

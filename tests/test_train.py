@@ -7,6 +7,7 @@ import tiny
 
 from research import UserError, checkpoint, parallel, record, train
 from research.experiment import EarlyStop, Target
+from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
 from research.parallel import Parallel
 from research.setup import prepare
@@ -191,7 +192,7 @@ def test_an_accidental_transfer_in_the_loop_is_an_error(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tmp_path):
     setup = prepare(tiny.mlp(data=tiny.Points(bad=True), batch_size=64), ONE)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+    with pytest.raises(FloatingPointError, match="the loss is nan by step 1"):
         train.train(setup, tmp_path, quiet=True)
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
 
@@ -234,6 +235,14 @@ def test_the_carry_is_saved_and_matters(tmp_path):
             tiny.mlp(model=MLPConfig(features=5, sizes=(2,))),
             "train: targets run from 0 to 2, and the model gives 2 logits",
         ),
+        (
+            tiny.lstm(model=LSTMConfig(vocab=6, outputs=7)),
+            "train: tokens run to 6, and model.vocab is 6",
+        ),
+        (
+            tiny.lstm(model=LSTMConfig(vocab=7, outputs=7, head="sequence")),
+            r"NextToken cannot judge outputs of \[16, 7\]: ",
+        ),
         (tiny.mlp(batch_size=65), "batch_size 65 exceeds the 64 training examples"),
         (tiny.mlp(batch_size=12), "batch_size 12 does not divide over 8 devices"),
         (tiny.mlp(eval_split="test"), "the data has no split 'test'; known: train, validation"),
@@ -269,3 +278,50 @@ def test_a_checkpoint_is_the_state_of_its_step_although_the_next_step_overwrites
         path = tmp_path / "checkpoints"
         _, saved = checkpoint.read(path, i + 1, setup.abstract, setup.shardings)
         jax.tree.map(np.testing.assert_array_equal, state, saved)
+
+
+def test_a_last_update_that_spoils_the_parameters_is_not_saved(tmp_path):
+    experiment = tiny.mlp(steps=1, optimizer=tiny.sgd(1e38))
+    with pytest.raises(FloatingPointError):
+        train.train(prepare(experiment, ONE), tmp_path, quiet=True)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    better = tiny.mlp(steps=1)  # nothing was trained, so that the folder takes another config
+    assert train.train(prepare(better, ONE), tmp_path, quiet=True).step == 1
+
+
+def test_judging_a_finished_run_by_another_split_repeats_no_row_and_keeps_its_speed(tmp_path):
+    first = train.train(prepare(tiny.mlp(), ONE), tmp_path, quiet=True)
+    for split in ("train", "validation"):
+        target = Target(metric="accuracy", value=0.1, split=split)
+        found = train.train(prepare(tiny.mlp(target=target), ONE), tmp_path, quiet=True)
+        assert found.steps_per_second == first.steps_per_second
+    rows = [(row["step"], row["split"]) for row in tiny.rows(tmp_path)]
+    assert rows.count((12, "validation")) == 1
+    assert "target" in (tmp_path / "log.txt").read_text()
+    assert '"split": "validation"' in (tmp_path / "config.json").read_text()
+
+
+def test_going_on_takes_the_old_summary_away_first(tmp_path, monkeypatch):
+    train.train(prepare(tiny.mlp(steps=4), ONE), tmp_path, quiet=True)
+    monkeypatch.setattr(train.parallel, "put", None)
+    with pytest.raises(TypeError):
+        train.train(prepare(tiny.mlp(steps=8), ONE), tmp_path, quiet=True)
+    with pytest.raises(UserError, match="has not finished"):
+        train.run.summary(tmp_path)
+
+
+def test_dropout_draws_from_other_keys_than_the_parameters():
+    setup = prepare(tiny.mlp(), ONE)
+    drawn = []
+    real = jax.random.fold_in
+
+    def spy(key, data):
+        drawn.append((np.asarray(jax.random.key_data(key)).tobytes(), int(data)))
+        return real(key, data)
+
+    root = jax.random.key(0)
+    with jax.disable_jit(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "fold_in", spy)
+        train.init(setup, root)
+    assert (np.asarray(jax.random.key_data(root)).tobytes(), 0) in drawn
+    assert (np.asarray(jax.random.key_data(root)).tobytes(), 1) not in drawn
