@@ -150,7 +150,7 @@ class Recorder:
             metrics: Finite numbers by name.
             seconds: Duration of the run up to this row, earlier sessions included.
 
-        Raises ValueError, and writes nothing, for a NaN or infinite value or a metric called
+        Raises FloatingPointError for a NaN or infinite value, and ValueError for a metric called
         "step", "split" or "seconds".
         """
         if not self._enabled:
