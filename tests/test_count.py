@@ -760,6 +760,15 @@ DEAD = {
     "checkpoint": (lambda x: jax.checkpoint(lambda x: (x @ x, x))(x)[1], 0),
     "cond": (unused_branch, 1),
     "into_cond": (into_branch, 0),
+    "into_one_branch": (
+        lambda x: lax.cond(x[0, 0] > 0, lambda x, y: y, lambda x, y: x, x, x @ x),
+        1,
+    ),
+    "into_scan": (lambda x: lax.scan(lambda c, r: (c + 1, c + r), x, (x @ x)[None])[0], 0),
+    "into_while": (
+        lambda x: lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 1, c[1]), (0, x @ x))[0],
+        0,
+    ),
     "printed": (printed, 1),
     "printed_in_jit": (printed_in_jit, 1),
     "read_reference": (lambda x: (jax.new_ref(x @ x)[...], x)[1], 0),
@@ -839,6 +848,17 @@ BOUNDS = {
     "passed_to_jit": (lambda x: jax.jit(fori)(2, 9, x), 7),
     "passed_twice": (lambda x: jax.jit(lambda n, x: jax.jit(fori)(2, n, x))(9, x), 7),
     "computed": (lambda x: jax.jit(lambda n, x: fori(n - 7, 2 * n + 1, x))(9, x), 17),
+    "wrapped": (lambda x: jax.jit(lambda n, x: fori(0, n.astype(jnp.int8), x))(300, x), 300 - 256),
+    "rounded": (lambda x: jax.jit(lambda n, x: fori(0, 2, x) * n.astype("float16"))(70_000, x), 2),
+    "overflown": (
+        lambda x: jax.jit(lambda n, x: fori(n * n, n * n - 5, x))(np.uint32(1 << 31), x),
+        (1 << 32) - 5,
+    ),
+    "below_zero": (lambda x: jax.jit(lambda n, x: fori(n - 9, n, x))(2, x), 9),
+    "truth": (
+        lambda x: jax.jit(lambda n, x: lax.cond(n.astype(bool), twice, once, x))(9, x),
+        2,
+    ),
     "converted": (lambda x: jax.jit(lambda n, x: fori(0, n.astype(int), x))(np.int8(9), x), 9),
     "shared_body": (lambda x: jax.jit(fori)(2, 9, x) + jax.jit(fori)(2, 4, x), 9),
     "in_a_scan": (
@@ -884,6 +904,22 @@ def test_a_bound_that_is_a_closed_over_array():
     assert exact(jax.jit(fn), SQUARE).matmul_flops == 5 * CUBE
 
 
+@pytest.mark.parametrize("around", [jax.jit, jax.vmap])
+def test_a_bound_that_is_traced_around_the_count(around):
+    def fn(n):
+        found = counted(lambda x: fori(0, n, x), SQUARE)
+        assert (found.matmul_flops, found.qualifier) == (CUBE, "lower bound")
+        return n
+
+    around(fn)(jnp.arange(3) if around is jax.vmap else 9)
+
+
+def test_a_bound_of_64_bits():
+    with jax.enable_x64(True):
+        fn = jax.jit(lambda n, x: fori(n * n * n, n * n * n + 7, x))
+        assert exact(lambda x: fn(np.uint64(1 << 40), x), SQUARE).matmul_flops == 7 * CUBE
+
+
 def wild(start, test, step):
     return lambda n, x: lax.while_loop(
         lambda c: test(c[0], n), lambda c: (step(c[0], n), c[1] @ x), (start, x)
@@ -898,6 +934,10 @@ UNKNOWN_TRIPS = {
     "still": wild(0, lambda i, n: i < 9, lambda i, n: i + 0),
     "doubled": wild(1, lambda i, n: i < 9, lambda i, n: i * 2),
     "added_to_itself": wild(1, lambda i, n: i < 9, lambda i, n: i + i),
+    "taken_from_above": wild(1, lambda i, n: i > -9, lambda i, n: 3 - i),
+    "of_another": lambda n, x: lax.while_loop(
+        lambda c: c[0] < 9, lambda c: (c[1] + 1, c[1], c[2] @ x), (0, 5, x)
+    )[2],
     "taken_from": wild(1, lambda i, n: i < 9, lambda i, n: 3 - i),
     "unequal": wild(0, lambda i, n: i != 9, lambda i, n: i + 1),
     "and": wild(0, lambda i, n: (i < 9) & (n > 3), lambda i, n: i + 1),

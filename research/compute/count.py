@@ -220,9 +220,9 @@ def _is_var(v: Any) -> bool:
 
 def _integer(value: Any) -> int | None:
     """A constant's value where it is an integer scalar."""
-    if isinstance(value, jax.core.Tracer) or np.ndim(value):
+    if np.ndim(value) or not _whole(getattr(value, "dtype", None)):
         return None
-    return int(value) if _whole(getattr(value, "dtype", None)) else None
+    return int(value)
 
 
 def _whole(dtype: Any) -> bool:
@@ -301,7 +301,8 @@ class _Walk:
             name, place = eqn.primitive.name, _place(str(eqn.source_info.name_stack))
             given = tuple(values.get(v) if _is_var(v) else _integer(v.val) for v in eqn.invars)
             if name in _FOLDED and None not in given and _whole(eqn.outvars[0].aval.dtype):
-                values[eqn.outvars[0]] = _FOLDED[name](*given)
+                result = np.array(_FOLDED[name](*given) % (1 << 64), np.uint64)
+                values[eqn.outvars[0]] = int(result.astype(eqn.outvars[0].aval.dtype))
             if name in rules.PRODUCTS:
                 flops, dense = rules.product(eqn)
                 if flops:
@@ -359,7 +360,7 @@ class _Walk:
     def _cond(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
         bodies = [_open(branch) for branch in eqn.params["branches"]]
         if given[0] is not None:
-            bodies = [bodies[min(max(given[0], 0), len(bodies) - 1)]]
+            bodies = [bodies[given[0]]]
         branches = [self.count(body, outs, given[1:]) for body in bodies]
         most = max(
             branches, key=lambda c: (c.matmul_flops, c.elementwise_flops + c.transcendentals)
