@@ -1,4 +1,4 @@
-"""Learning curves of one or more runs, drawn from their `metrics.jsonl`."""
+"""Learning curves of runs, drawn from their `metrics.jsonl`, and a step on the roofline."""
 
 import difflib
 import itertools
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from research import UserError
+from research.compute import Report
+from research.compute import roofline as roofs
 
 # Okabe and Ito's colours, told apart by colour-blind readers; without yellow, faint on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -40,11 +43,7 @@ def curves(
 
     Raises UserError for another suffix, a run without rows, or a metric some run lacks.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".png", ".svg"):
-        raise UserError(
-            f"{out}: cannot write {out.suffix or 'a file without suffix'}; use .png or .svg"
-        )
+    out = _image(out)
     if x not in _XLABELS:
         raise UserError(f"x is {x!r}; use 'step' or 'seconds'")
     runs = list({Path(run).resolve(): Path(run) for run in runs}.values())
@@ -96,9 +95,7 @@ def curves(
             axis.set_ylabel(_UNITS.get(metric, metric).replace("$", r"\$"))
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=x == "step"))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axis.grid(color="0.9", linewidth=0.6)
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right"]].set_visible(False)
+            _plain(axis)
         keys = [
             Line2D([], [], color=c, linewidth=1.8, label=name)
             for c, name in zip(_colours(len(runs)), names, strict=True)
@@ -109,6 +106,77 @@ def curves(
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
     return out
+
+
+def roofline(report: Report, out: Path) -> Path:
+    """Draw a compiled step's modules, and the step, under the roofs of its device; return `out`.
+
+    A module stands at its own FLOPs a byte, at the rate that the roof allows there; its area is its
+    share of the executed FLOPs. Where the step was measured, it stands at the rate reached.
+
+    Raises UserError for another suffix, and for a device of which no rate is known.
+    """
+    out = _image(out)
+    if report.program is None or not report.rates:
+        raise UserError(
+            "no rates are known for this device: run scripts/benchmark.py peaks, or use one that "
+            "chips.toml has"
+        )
+    run, total = report.program, max(report.program.matmul_flops, 1)
+    points = {m: (f / b, f) for m, (f, b) in run.by_module.items() if f and b}
+    points = dict(sorted(points.items(), key=lambda item: -item[1][1])[: len(_COLOURS)])
+    moved = run.bytes_by_space.get(0, 0)
+    step = total / max(moved, 1)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure = Figure(figsize=(6.4, 4.6))
+        figure.set_layout_engine("constrained")
+        axis = figure.subplots()
+        intensities = [step, *(x for x, _ in points.values())]
+        heights = []
+        for rates, line in zip(report.rates, _STYLES, strict=False):
+            ideal = roofs.compute_seconds(run.by_dtype, rates)
+            if not ideal:
+                continue
+            peak, bandwidth = total / ideal, rates.bandwidth(moved)
+            low = min(*intensities, peak / bandwidth) / 3
+            high = max(*intensities, peak / bandwidth) * 3
+            xs = [low, peak / bandwidth, high]
+            label = f"{rates.device}, {rates.source}"
+            axis.plot(xs, [low * bandwidth, peak, peak], line, color="0.3", label=label)
+            heights.append((peak, bandwidth))
+        if not heights:
+            raise UserError(f"no peak is known for {', '.join(run.by_dtype)} on this device")
+        peak, bandwidth = heights[-1]
+        for (module, (x, flops)), colour in zip(points.items(), _COLOURS, strict=False):
+            area = 20 + 400 * flops / total
+            y = min(peak, x * bandwidth)
+            axis.scatter([x], [y], s=area, color=colour, alpha=0.7, label=module or "(no module)")
+        y = min(peak, step * bandwidth)
+        axis.plot([step], [y], "k*", markersize=12, label="the step, at best")
+        if report.seconds:
+            axis.plot([step], [total / report.seconds], "kx", markersize=9, label="as measured")
+        axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte of main memory", ylabel="FLOP/s")
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+        _plain(axis)
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small", markerscale=0.6)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+    return out
+
+
+def _image(out: Path) -> Path:
+    out = Path(out)
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise UserError(
+            f"{out}: cannot write {out.suffix or 'a file without suffix'}; use .png or .svg"
+        )
+    return out
+
+
+def _plain(axis: Axes) -> None:
+    axis.grid(color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _read(run: Path, x: str) -> dict[tuple[str, str], tuple[list[float], list[float]]]:

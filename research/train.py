@@ -114,9 +114,10 @@ def train(
         clock = timing.Clock()
         with clock.aside("compile"):
             traced = setup.step().trace(*setup.example())
-            cost = compute.count(traced)
             step_fn = traced.lower().compile()
-            run.write_json(workdir, "compute.json", compute.report.to_json(cost))
+            ledger = compute.report(traced, compiled=step_fn, mesh=setup.mesh)
+            cost = ledger.count
+            run.write_json(workdir, "compute.json", ledger.json())
             if start:
                 state, before = saved.restore(start, setup.abstract, setup.shardings)
             else:
@@ -124,7 +125,7 @@ def train(
         log = stack.enter_context(run.recorder(workdir, e, start, cost.model_flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
         asked = stack.enter_context(checkpoint.stop_requested())
-        for line in (*news, compute.report.line(cost)):
+        for line in (*news, ledger.line()):
             log.message(line)
 
         def report(step: int, metrics: Any) -> None:

@@ -1,29 +1,50 @@
-"""Prints what a config's step costs; traces it, and compiles nothing."""
+"""Prints what a config's step costs: as written, as compiled, and on this machine's device."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
-from research import command, setup
-from research.compute import count, report
+from annotated_types import Ge
 
-USAGE = "python scripts/compute.py CONFIG [--json FILE] [--field value ...]"
+from research import command, compute, plot, setup
+from research.bench import loop
+
+USAGE = "python scripts/compute.py CONFIG [--json FILE] [--plot FILE] [--field value ...]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(command.Options):
     json: Path | None = None
     """Also write the figures to this file."""
+    plot: Path | None = None
+    """Also draw the step's modules on the device's roofline, in this .png or .svg."""
+    trace_only: bool = False
+    """Count what is written, and compile nothing."""
+    measure: Annotated[int, Ge(0)] = 0
+    """Steps to run, which gives MFU and HFU."""
 
 
 def main() -> None:
     options = command.parse(Options, USAGE)
+    if options.trace_only and (options.plot or options.measure):
+        command.fail("--plot and --measure need the compiled step: leave out --trace_only")
     with command.one_line_errors():
         ready = setup.prepare(options.experiment)
-    cost = count(ready.step().trace(*ready.example()))
-    print(report.text(cost))
+        traced = ready.step().trace(*ready.abstract_example())
+        if options.trace_only:
+            found = compute.Report(count=compute.count(traced))
+        else:
+            step = traced.lower().compile()
+            found = compute.report(traced, compiled=step, mesh=ready.mesh)
+        if options.measure:
+            seconds = loop.bare(ready, step, options.measure, 1)
+            found = dataclasses.replace(found, seconds=seconds)
+        if options.plot:
+            plot.roofline(found, options.plot)
+    print(found)
     if options.json:
-        options.json.write_text(json.dumps(report.to_json(cost), indent=2) + "\n")
+        options.json.write_text(json.dumps(found.json(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

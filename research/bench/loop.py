@@ -6,6 +6,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,7 +49,8 @@ def overhead(experiment: Experiment, rounds: int) -> Overhead:
             tracker=None,
         )
     )
-    pairs = [(_bare(setup, chunk), _loop(setup)) for _ in range(rounds)]
+    step = setup.step().lower(*setup.example()).compile()
+    pairs = [(bare(setup, step, experiment.steps, chunk), _loop(setup)) for _ in range(rounds)]
     ratios = [loop / bare for bare, loop in pairs]
     bare, loop = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
     return Overhead(
@@ -59,14 +61,15 @@ def overhead(experiment: Experiment, rounds: int) -> Overhead:
     )
 
 
-def _bare(setup: Setup, chunk: int) -> float:
-    e = setup.experiment
-    step = setup.step().lower(*setup.example()).compile()
+def bare(setup: Setup, step: Any, steps: int, chunk: int) -> float:
+    """Seconds of a compiled step by itself: the median over chunks of steps, each waited for."""
     state = setup.initial()
-    examples = [setup.splits["train"].batch(i, setup.batch_size, e.seed) for i in range(4)]
+    examples = [
+        setup.splits["train"].batch(i, setup.batch_size, setup.experiment.seed) for i in range(4)
+    ]
     batches = itertools.cycle([parallel.put(batch, setup.mesh) for batch in examples])
     seconds = []
-    for _ in range(e.steps // chunk):
+    for _ in range(steps // chunk):
         start = time.perf_counter()
         for batch in itertools.islice(batches, chunk):
             state, metrics = step(state, batch, setup.root)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +16,7 @@ import jax
 import numpy as np
 
 from research.compute import rules
-
-CAUSAL = "causal"
-"""The name of the scope in which attention that masks the future marks its products."""
+from research.compute.places import Place, named, of_stack, settle
 
 
 @dataclasses.dataclass
@@ -41,6 +38,20 @@ class Count:
     """Why matmul_flops may be too small."""
     upper: list[str] = dataclasses.field(default_factory=list)
     """Why matmul_flops may be too large."""
+    grouped: Counter[str] = dataclasses.field(default_factory=Counter)
+    """FLOPs of convolutions in groups, by module; in `matmul` too."""
+    devices: int = dataclasses.field(default=1, compare=False)
+    """Of the mesh that the arguments, or a shard_map, are laid over."""
+    _one: "Count | None" = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def per_device(self) -> "Count":
+        """What one of the devices computes.
+
+        In a shard_map what is written there; elsewhere, where the compiler divides the work, an
+        even share: a lower bound, for it may repeat some on several devices. program() tells.
+        """
+        return self._one or self
 
     @property
     def matmul_flops(self) -> int:
@@ -91,16 +102,18 @@ class Count:
             found[str(key[index])] += flops
         return dict(found)
 
-    def _add(self, other: "Count", times: int, within: "_Place") -> None:
+    def _add(self, other: "Count", times: int, within: Place) -> None:
         if not times:
             return
         for (phase, module, dtype, causal), n in other.matmul.items():
-            place = within.around(_Place(phase, module, causal))
+            place = within.around(Place(phase, module, causal))
             self.matmul[place.phase, place.module, dtype, place.causal] += n * times
         for key, n in other.apart.items():
             self.apart[key] += n * times
         for key, n in other.unknown.items():
             self.unknown[key] += n * times
+        for key, n in other.grouped.items():
+            self.grouped[within.around(Place(module=key)).module] += n * times
         self.dense_extra += other.dense_extra * times
         self.elementwise_flops += other.elementwise_flops * times
         self.transcendentals += other.transcendentals * times
@@ -116,22 +129,22 @@ def count(fn: Any, *args: Any, **kwargs: Any) -> Count:
 
     Raises ValueError, in one line, for what cannot be traced.
     """
-    closed = _trace(fn, args, kwargs).jaxpr
-    jaxpr = _open(closed)
-    constants = [_integer(c) for c in closed.consts]
-    values = dict(zip(jaxpr.constvars, constants, strict=True))
-    outs, unknown = (True,) * len(jaxpr.outvars), (None,) * len(jaxpr.invars)
-    found = _Walk().count(jaxpr, outs, unknown, values)
-    forward = {module for phase, module, *_ in found.matmul if phase == "forward"}
-    placed: Counter[tuple[str, str, str, bool]] = Counter()
-    for (phase, module, dtype, causal), flops in found.matmul.items():
-        module = _name(module, forward)
-        phase = "optimizer" if module.split(".")[0] == "optimizer" else phase
-        placed[phase, module, dtype, causal] += flops
-    return dataclasses.replace(found, matmul=placed)
+    closed = trace(fn, args, kwargs).jaxpr
+    walk = _Walk()
+    found = walk.whole(closed)
+    devices = max(
+        [
+            walk.devices,
+            *(_mesh_size(getattr(v.aval, "sharding", None)) for v in _open(closed).invars),
+        ]
+    )
+    if devices > 1:
+        one = _Walk(devices).whole(closed)
+        found = dataclasses.replace(found, devices=devices, _one=one)
+    return found
 
 
-def _trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if not callable(fn) and not hasattr(fn, "jaxpr"):
         raise ValueError(f"count needs a function or a jax.stages.Traced, not {fn!r}")
     if hasattr(fn, "jaxpr") and (args or kwargs):
@@ -150,56 +163,9 @@ def _trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise ValueError(f"{name} cannot be traced: {type(error).__name__}: {reason}") from error
 
 
-# ---- where an equation belongs
-
-_PHASES = ("forward", "backward", "recompute")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    phase: str = "forward"
-    module: str = ""
-    causal: bool = False
-
-    def around(self, inner: "_Place") -> "_Place":
-        """The place of what is at `inner` in a body that is called here."""
-        return _Place(
-            max(self.phase, inner.phase, key=_PHASES.index),
-            f"{self.module}.{inner.module}".strip("."),
-            self.causal or inner.causal,
-        )
-
-
-_RECOMPUTED = "rematted_computation"
-_UNNAMED = ("", CAUSAL, "checkpoint", _RECOMPUTED)
-"""Scopes that are no module; nor are the subscripts by which einsum names its products."""
-
-
-@functools.lru_cache(maxsize=4096)
-def _place(stack: str) -> _Place:
-    """From a name stack, such as `transpose(jvp(layers))/attention`."""
-    scopes = re.sub(r"\w+\(|\)", "", stack).split("/")
-    phase = "backward" if "transpose(" in stack else "forward"
-    named = (n for n in scopes if n not in _UNNAMED and "," not in n)
-    return _Place(
-        "recompute" if _RECOMPUTED in scopes else phase, ".".join(named), CAUSAL in scopes
-    )
-
-
-def _name(module: str, forward: set[str]) -> str:
-    """A module's name in the forward pass. Transposing an equation at a/b may put it at a/b/a/b:
-    immediate repeats are taken out until the name is one of those, or none is left."""
-    found = [module]
-    for name in found:
-        if name in forward:
-            return name
-        path = name.split(".")
-        for n in range(len(path) // 2, 0, -1):
-            for i in range(len(path) - 2 * n + 1):
-                shorter = ".".join(path[:i] + path[i + n :])
-                if path[i : i + n] == path[i + n : i + 2 * n] and shorter not in found:
-                    found.append(shorter)
-    return min(found, key=len)
+def _mesh_size(sharding: Any) -> int:
+    """Devices of a sharding's mesh; 1 where it has none."""
+    return getattr(getattr(sharding, "mesh", None), "size", 1) or 1
 
 
 # ---- jaxprs
@@ -281,13 +247,34 @@ def _while_arity(eqn: Any) -> tuple[int, int]:
 class _Walk:
     """Counts a program; a body that is called again in the same way is not walked again."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: int = 0) -> None:
+        """share: count one device's part, an even one of so many; 0 counts the whole."""
         self._used: dict[Any, tuple[_Live, list[_Live | None]]] = {}
         self._counts: dict[Any, Count] = {}
+        self._share = share
+        self.devices = 1
+        """Of the largest mesh met."""
+
+    def whole(self, closed: Any) -> Count:
+        """All that a jaxpr, closed over its constants, gives."""
+        jaxpr = _open(closed)
+        constants = [_integer(c) for c in closed.consts]
+        values = dict(zip(jaxpr.constvars, constants, strict=True))
+        outs, unknown = (True,) * len(jaxpr.outvars), (None,) * len(jaxpr.invars)
+        found = self.count(jaxpr, outs, unknown, values)
+        forward = {module for phase, module, *_ in found.matmul if phase == "forward"}
+        matmul: Counter[tuple[str, str, str, bool]] = Counter()
+        grouped: Counter[str] = Counter()
+        for (phase, module, dtype, causal), flops in found.matmul.items():
+            place = settle(Place(phase, module, causal), forward)
+            matmul[place.phase, place.module, dtype, place.causal] += flops
+        for module, flops in found.grouped.items():
+            grouped[named(module, forward)] += flops
+        return dataclasses.replace(found, matmul=matmul, grouped=grouped)
 
     def count(self, jaxpr: Any, outs: _Live, known: _Known, values: Any = None) -> Count:
         """What it takes to compute the wanted outputs, from inputs of which some are known."""
-        key = id(jaxpr), outs, known
+        key = id(jaxpr), outs, known, self._share
         if key not in self._counts:
             self._counts[key] = self._count(jaxpr, outs, known, dict(values or {}))
         return self._counts[key]
@@ -298,38 +285,59 @@ class _Walk:
         for eqn, needed in zip(jaxpr.eqns, self._liveness(jaxpr, outs)[1], strict=True):
             if needed is None:
                 continue
-            name, place = eqn.primitive.name, _place(str(eqn.source_info.name_stack))
+            name, place = eqn.primitive.name, of_stack(str(eqn.source_info.name_stack))
             given = tuple(values.get(v) if _is_var(v) else _integer(v.val) for v in eqn.invars)
             if name in _FOLDED and None not in given and _whole(eqn.outvars[0].aval.dtype):
                 result = np.array(_FOLDED[name](*given) % (1 << 64), np.uint64)
                 values[eqn.outvars[0]] = int(result.astype(eqn.outvars[0].aval.dtype))
             if name in rules.PRODUCTS:
-                flops, dense = rules.product(eqn)
+                flops, dense = map(self._part, rules.product(eqn))
                 if flops:
                     key = place.phase, place.module, rules.dtype(eqn), place.causal
                     found.matmul[key] += flops
+                    if rules.groups(eqn) > 1:
+                        found.grouped[place.module] += flops
+                    if self._share > 1:
+                        found._doubt(Count(lower=[_EVEN]))
                 found.dense_extra += dense - flops
             elif name in rules.TRANSCENDENTAL:
-                found.transcendentals += int(rules.TRANSCENDENTAL[name](eqn)) * rules.floats(eqn)
+                each = rules.TRANSCENDENTAL[name](eqn) * rules.floats(eqn)
+                found.transcendentals += self._part(each)
             elif name in rules.ELEMENTWISE:
-                found.elementwise_flops += int(rules.ELEMENTWISE[name](eqn)) * rules.floats(eqn)
+                each = rules.ELEMENTWISE[name](eqn) * rules.floats(eqn)
+                found.elementwise_flops += self._part(each)
             elif name in rules.APART:
-                found.apart[name] += int(rules.APART[name](eqn))
+                found.apart[name] += self._part(rules.APART[name](eqn))
+            elif name == "sharding_constraint":
+                self.devices = max(self.devices, _mesh_size(eqn.params["sharding"]))
             elif name not in rules.FREE:
                 body, times = self._inside(eqn, needed, given)
                 found._add(body, times, place)
         return found
 
+    def _part(self, operations: int) -> int:
+        """One device's share of what the compiler divides."""
+        return -(-int(operations) // max(self._share, 1))
+
+    def _shard_map(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
+        """The body, which is one device's share, on all devices; or on one, where the axes that
+        are not manual yet divide it further."""
+        mesh, share = eqn.params["mesh"], self._share
+        self.devices = max(self.devices, mesh.size)
+        times = math.prod(mesh.shape[a] for a in eqn.params["newly_manual_axes"])
+        self._share = share // times
+        found = self.count(_open(eqn.params["jaxpr"]), outs, given)
+        self._share = share
+        return found, 1 if share else times
+
     def _inside(self, eqn: Any, outs: _Live, given: _Known) -> tuple[Count, int]:
         """What control flow runs, and how often."""
         name = eqn.primitive.name
+        if name == "shard_map":
+            return self._shard_map(eqn, outs, given)
         if (called := _called(eqn)) is not None:
             body, taken = called
-            times = 1
-            if name == "shard_map":  # the body is one device's share
-                mesh = eqn.params["mesh"]
-                times = math.prod(mesh.shape[a] for a in eqn.params["newly_manual_axes"])
-            return self.count(body, outs, tuple(given[i] for i in taken)), times
+            return self.count(body, outs, tuple(given[i] for i in taken)), 1
         if name in _CONTROL:
             return _CONTROL[name](self, eqn, outs, given)
         reason = f"{name}: what it computes is not known"
@@ -351,7 +359,7 @@ class _Walk:
             (body, live, given[tested : tested + consts] + carry),
             (test, (True,), given[:tested] + carry),
         ):
-            found._add(self.count(part, wanted, known), 1, _Place())
+            found._add(self.count(part, wanted, known), 1, Place())
         if trips is None and found.matmul_flops:
             reason = "while: the number of trips depends on data; one is counted"
             found._doubt(Count(lower=[reason]))
@@ -366,7 +374,7 @@ class _Walk:
             branches, key=lambda c: (c.matmul_flops, c.elementwise_flops + c.transcendentals)
         )
         found = Count()
-        found._add(most, 1, _Place())
+        found._add(most, 1, Place())
         for branch in branches:
             found.unknown |= branch.unknown
             found._doubt(branch)
@@ -389,7 +397,7 @@ class _Walk:
         """A body over references: all of it, once."""
         body, found = _open(eqn.params["jaxpr"]), Count()
         live, known = (True,) * len(body.outvars), (None,) * len(body.invars)
-        found._add(self.count(body, live, known), 1, _Place())
+        found._add(self.count(body, live, known), 1, Place())
         return found, 1
 
     # ---- dead code
@@ -461,6 +469,7 @@ _CONTROL: dict[str, Callable[[_Walk, Any, _Live, _Known], tuple[Count, int]]] = 
     "run_scoped": _Walk._all,
     "run_state": _Walk._all,
 }
+_EVEN = "an even share: how the compiler divides the work is not told before it compiles"
 _FOLDED: dict[str, Callable[..., int]] = {
     "convert_element_type": int,
     "add": operator.add,

@@ -14,6 +14,7 @@ _HEADER = re.compile(r"(ENTRY\s+)?%?([^\s(={]+)\s*(\(.*)?\{$")
 _INSTRUCTION = re.compile(r"\s*(ROOT\s+)?%?([^\s=]+) = ")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{(.*)\})?$", re.DOTALL)
 _OPCODE = re.compile(r"\s*([\w-]+)\(")
+_PATH = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,20 @@ class Instruction:
     opcode: str
     operands: list[str]
     """Names; for a constant and a parameter the text in the parentheses."""
-    attributes: dict[str, str]
-    """By key, as printed."""
+    tail: str
+    """What is printed after the operands."""
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, str]:
+        """By key, as printed."""
+        pairs = (part.partition("=") for part in split(self.tail))
+        return {key: value for key, equals, value in pairs if equals}
+
+    @functools.cached_property
+    def path(self) -> str:
+        """JAX's name stack and primitive, such as jit(f)/jvp(layers)/dot_general."""
+        found = _PATH.search(self.tail)
+        return found[1] if found else ""
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -176,12 +189,8 @@ def _instruction(line: str) -> tuple[Instruction, bool]:
         operands = [inside.strip()]
     else:
         operands = [o.split()[-1].lstrip("%") for o in split(inside) if o]
-    attributes = {}
-    for part in split(line[close + 1 :]):
-        key, equals, value = part.partition("=")
-        if equals:
-            attributes[key] = value
-    found = Instruction(match[2], shape(line[match.end() : end]), opcode[1], operands, attributes)
+    where = shape(line[match.end() : end])
+    found = Instruction(match[2], where, opcode[1], operands, line[close + 1 :])
     return found, bool(match[1])
 
 

@@ -10,15 +10,16 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from research.compute import hlo
+from research.compute import hlo, places
 from research.compute.hlo import Computation, Instruction, Module, Shape
 
+_Key = TypeVar("_Key")
 COLLECTIVES = frozenset(
     "all-reduce all-gather reduce-scatter all-to-all collective-permute ragged-all-to-all "
     "collective-broadcast".split()
@@ -40,6 +41,38 @@ _NO_PRODUCTS = re.compile(
     r"\w*[tT]hreefry2x32\w*|__cub\$\w+"
 )
 _BACKWARD = {"__cudnn$convBackwardInput": (2, 1, 0), "__cudnn$convBackwardFilter": (0, 2, 1)}
+
+
+# By XLA's names; count spells dtypes as numpy does.
+_DTYPES = {
+    **{f"f{n}": f"float{n}" for n in (16, 32, 64)},
+    **{f"s{n}": f"int{n}" for n in (2, 4, 8, 16, 32, 64)},
+    **{f"u{n}": f"uint{n}" for n in (2, 4, 8, 16, 32, 64)},
+    "bf16": "bfloat16",
+    "c64": "complex64",
+    "c128": "complex128",
+}
+# The primitives that are products, as paths end in them; "transpose" is of a gradient's.
+_PRODUCT = re.compile(r".*(^|/)(dot_general|conv_general_dilated|ragged_dot_general|transpose)")
+# What XLA's cost_analysis counts as one FLOP an element.
+_ELEMENTWISE = frozenset(
+    "abs add and ceil clamp compare complex convert count-leading-zeros divide floor imag "
+    "is-finite maximum minimum multiply negate not or popcnt real reduce-precision remainder "
+    "round-nearest-afz round-nearest-even select shift-left shift-right-arithmetic "
+    "shift-right-logical sign subtract xor".split()
+)
+
+
+class Product(NamedTuple):
+    """Products that a program executes, of one kind in one place."""
+
+    path: str
+    """JAX's name stack and primitive."""
+    kind: str
+    """The HLO operation, the target of a custom call, or "multiply" where the compiler has made
+    multiplications and additions of a product."""
+    dtype: str
+    """Of what is multiplied, and the precision asked for, as count spells them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +100,11 @@ class Memory:
     aliased: int
     """Outputs that take the place of donated arguments."""
     temporaries: int
+    """Activations, and whatever else lives within a step."""
     code: int
+    arguments_by: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """`arguments` by the argument's name, or its field's, such as state.params; "padding" is
+    what the compiler adds."""
 
     @property
     def total(self) -> int:
@@ -79,23 +116,81 @@ class Memory:
 class Program:
     """What one execution does on one device."""
 
-    matmul_flops: int = 0
-    """FLOPs of the dots and convolutions executed, 2 a multiply-add; a convolution's taps on
-    padding and holes not counted, a complex multiply-add as 4."""
-    bytes_by_space: Counter[int] = dataclasses.field(default_factory=Counter)
-    """Bytes read and written by memory space; 0 is the device's main memory."""
+    products: Counter[Product] = dataclasses.field(default_factory=Counter)
+    """FLOPs executed, 2 a multiply-add; a convolution's taps on padding and holes not counted, a
+    complex multiply-add as 4."""
+    moved: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
+    """Bytes read and written by path and memory space; space 0 is the device's main memory."""
+    compulsory: int = 0
+    """Bytes of main memory that no fusion spares: each argument as far as it is read, each result,
+    once."""
+    devices: int = 1
+    """That run it together, each on its part."""
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     memory: Memory | None = None
     unknown: dict[str, int] = dataclasses.field(default_factory=dict)
     """Executions of what has no rule here, by name; they count no FLOPs."""
     reasons: list[str] = dataclasses.field(default_factory=list)
     """Why matmul_flops and collectives are not exact, besides unknown."""
+    opaque: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By path, executions of what is unknown."""
+    once: tuple[int, int] = (0, 0)
+    """FLOPs of products, and of elementwise operations and reductions, with the body of every
+    loop once and custom calls left out: what XLA's cost_analysis counts."""
+
+    @property
+    def matmul_flops(self) -> int:
+        """FLOPs of the dots and convolutions executed."""
+        return sum(n for product, n in self.products.items() if product.kind != "multiply")
+
+    @property
+    def by_place(self) -> dict[tuple[str, str], int]:
+        """matmul_flops by phase and module, as far as the compiler kept their names."""
+        found: Counter[tuple[str, str]] = Counter()
+        forward = {place.module for place in map(self._place, self.products)}
+        for product, n in self.products.items():
+            place = places.settle(self._place(product), forward)
+            found[place.phase, place.module] += n * (product.kind != "multiply")
+        return dict(found)
+
+    @staticmethod
+    def _place(product: Product) -> places.Place:
+        return places.of_path(product.path)
+
+    @property
+    def by_module(self) -> dict[str, tuple[int, int]]:
+        """matmul_flops and bytes by module, as far as the compiler kept their names."""
+        found: dict[str, tuple[int, int]] = {}
+        for (_, module), flops in self.by_place.items():
+            found[module] = found.get(module, (0, 0))[0] + flops, 0
+        for (path, _), n in self.moved.items():
+            module = places.settle(places.of_path(path), found.keys()).module
+            flops, before = found.get(module, (0, 0))
+            found[module] = flops, before + n
+        return found
+
+    @property
+    def by_dtype(self) -> dict[str, int]:
+        """matmul_flops by what is multiplied."""
+        found: Counter[str] = Counter()
+        for product, n in self.products.items():
+            if product.kind != "multiply":
+                found[product.dtype] += n
+        return dict(found)
+
+    @property
+    def bytes_by_space(self) -> dict[int, int]:
+        """`bytes` by memory space; 0 is the device's main memory."""
+        found: Counter[int] = Counter()
+        for (_, space), n in self.moved.items():
+            found[space] += n
+        return dict(found)
 
     @property
     def bytes(self) -> int:
         """Bytes that instructions read and write, inside of fusions not counted; of an array that
         is sliced or updated in place the part touched."""
-        return self.bytes_by_space.total()
+        return self.moved.total()
 
     @property
     def exact(self) -> bool:
@@ -103,9 +198,16 @@ class Program:
         return not (self.unknown or self.reasons)
 
 
-def program(compiled: Any, mesh: jax.sharding.Mesh | None = None) -> Program:
-    """Reads a jax.stages.Compiled; with the mesh that it was compiled for, collectives are given
-    the names of its axes."""
+def program(
+    compiled: Any, mesh: jax.sharding.Mesh | None = None, names: Sequence[str] | None = None
+) -> Program:
+    """Reads a jax.stages.Compiled.
+
+    mesh: what it was compiled for; collectives are given the names of its axes. names: of the
+    arrays that it takes, such as state.params['kernel']; by default by their position.
+
+    Raises ValueError where it gives no text.
+    """
     try:
         text = compiled.as_text()
     except Exception as error:
@@ -113,7 +215,7 @@ def program(compiled: Any, mesh: jax.sharding.Mesh | None = None) -> Program:
     if not text or not text.strip():
         raise ValueError("this compiled program gives no HLO text")
     found = read(text, mesh)
-    found.memory = _memory(compiled)
+    found.memory = _memory(compiled, names)
     return found
 
 
@@ -123,46 +225,106 @@ def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
     total = _Cost()
     for module in hlo.modules(text):
         if module.entry:
-            total.add(_Walk(module, mesh).cost(_Frame(module.computations[module.entry])))
+            found.devices = max(found.devices, module.devices)
+            walk, entry = _Walk(module, mesh), module.computations[module.entry]
+            total.add(walk.cost(_Frame(entry)))
+            found.compulsory += walk.compulsory(entry)
         else:
             total.reasons["a module without an entry computation"] = None
-    found.matmul_flops, found.bytes_by_space = total.flops, total.bytes
+    found.products, found.moved, found.opaque = total.products, total.moved, total.opaque
+    found.once = total.products_once, total.elementwise_once
     found.collectives = [dataclasses.replace(c, count=n) for c, n in total.collectives.items()]
     found.unknown, found.reasons = dict(total.unknown), list(total.reasons)
     return found
 
 
-def _memory(compiled: Any) -> Memory | None:
+def _memory(compiled: Any, names: Sequence[str] | None) -> Memory | None:
     try:
         found = compiled.memory_analysis()
     except (NotImplementedError, RuntimeError):
         return None
-    names = ("argument", "output", "alias", "temp", "generated_code")
+    fields = {
+        "arguments": "argument",
+        "outputs": "output",
+        "aliased": "alias",
+        "temporaries": "temp",
+        "code": "generated_code",
+    }
     try:
-        return Memory(*(getattr(found, f"{name}_size_in_bytes") for name in names))
+        sizes = {key: getattr(found, f"{name}_size_in_bytes") for key, name in fields.items()}
     except AttributeError:
         return None
+    by = _arguments(compiled, names, sizes["arguments"])
+    return Memory(**sizes, arguments_by=by)
+
+
+def _arguments(compiled: Any, names: Sequence[str] | None, total: int) -> dict[str, int]:
+    """Bytes on a device by argument, or by field where it has some."""
+    structure: Any
+    leaves, structure = jax.tree_util.tree_flatten_with_path(compiled.args_info)
+    # None where the program has no use for an argument.
+    shardings = structure.flatten_up_to(compiled.input_shardings)
+    if names is None:
+        names = [jax.tree_util.keystr(path[1:]) for path, _ in leaves]
+    if len(names) != len(leaves):
+        return {}
+    found: Counter[str] = Counter()
+    for name, (_, info), sharding in zip(names, leaves, shardings, strict=True):
+        group = re.match(r"\w+(\.\w+)?|\[[^]]*\](\.\w+)?", name)
+        if sharding is None:
+            continue
+        each = getattr(info.dtype, "itemsize", 0)
+        held = math.prod(sharding.shard_shape(info.shape)) * each
+        found[group[0] if group else name] += held
+    found["padding"] = total - found.total()
+    return {name: n for name, n in found.items() if n}
+
+
+def _scale(total: Counter[_Key], other: Counter[_Key], times: int) -> None:
+    for key, n in other.items():
+        total[key] += times * n
 
 
 @dataclasses.dataclass
 class _Cost:
-    flops: int = 0
-    bytes: Counter[int] = dataclasses.field(default_factory=Counter)
+    products: Counter[Product] = dataclasses.field(default_factory=Counter)
+    products_once: int = 0
+    elementwise_once: int = 0
+    moved: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
     """By the collective, its own count left at 0."""
     unknown: Counter[str] = dataclasses.field(default_factory=Counter)
+    opaque: Counter[str] = dataclasses.field(default_factory=Counter)
     reasons: dict[str, None] = dataclasses.field(default_factory=dict)
 
+    @property
+    def flops(self) -> int:
+        return self.products.total()
+
+    def product(self, path: str, kind: str, dtype: str, flops: int) -> None:
+        if flops:
+            self.products[Product(path, kind, dtype)] += flops
+        if kind in ("dot", "convolution"):
+            self.products_once += flops
+
+    def move(self, path: str, bytes_by_space: Mapping[int, int]) -> None:
+        for space, n in bytes_by_space.items():
+            self.moved[path, space] += n
+
+    def miss(self, path: str, name: str) -> None:
+        self.unknown[name] += 1
+        self.opaque[path] += 1
+
     def add(self, other: "_Cost", times: int = 1) -> None:
+        self.products_once += other.products_once
+        self.elementwise_once += other.elementwise_once
         if not times:
             return
-        self.flops += times * other.flops
-        for space, n in other.bytes.items():
-            self.bytes[space] += times * n
-        for collective, n in other.collectives.items():
-            self.collectives[collective] += times * n
-        for name, n in other.unknown.items():
-            self.unknown[name] += times * n
+        _scale(self.products, other.products, times)
+        _scale(self.moved, other.moved, times)
+        _scale(self.collectives, other.collectives, times)
+        _scale(self.unknown, other.unknown, times)
+        _scale(self.opaque, other.opaque, times)
         self.reasons.update(other.reasons)
 
 
@@ -174,6 +336,14 @@ class _Frame:
     parent: "_Frame | None" = None
     call: Instruction | None = None
     fused: bool = False
+
+    @property
+    def path(self) -> str:
+        """The nearest that is told around the computation."""
+        frame: _Frame | None = self
+        while frame and frame.call and not frame.call.path:
+            frame = frame.parent
+        return frame.call.path if frame and frame.call else ""
 
     @property
     def loop(self) -> bool:
@@ -197,6 +367,7 @@ class _Walk:
         comp, opcode = frame.computation, i.opcode.removesuffix("-start")
         if opcode in ("constant", "parameter"):
             return
+        path = i.path or frame.path
         operands = [comp.instructions[name].shape for name in i.operands]
         if opcode == "while":
             self.loop(frame, i, total)
@@ -207,15 +378,23 @@ class _Walk:
                 total.add(self.cost(self.enter(frame, i, name)))
         result = _result(comp, i)
         if opcode in ("dot", "scaled-dot"):
-            total.flops += _dot(i, operands, result)
+            total.product(path, "dot", _dtype(i, operands), _dot(i, operands, result))
         elif opcode == "ragged-dot":
-            total.flops += _ragged(i, operands)
+            total.product(path, "dot", _dtype(i, operands), _ragged(i, operands))
         elif opcode == "convolution":
-            total.flops += _convolution(i, operands[0], operands[1], result)
+            flops = _convolution(i, operands[0], operands[1], result)
+            total.product(path, "convolution", _dtype(i, operands), flops)
         elif opcode in ("cholesky", "triangular-solve"):
-            total.unknown[opcode] += 1
+            total.miss(path, opcode)
+        elif opcode in _ELEMENTWISE:
+            total.elementwise_once += result.size
+            if opcode == "multiply" and _PRODUCT.fullmatch(path):
+                total.product(path, "multiply", _dtype(i, operands), 2 * result.size)
+        elif opcode in ("reduce", "reduce-window", "select-and-scatter", "scatter"):
+            applied = self.applied(i)
+            total.elementwise_once += applied * _reductions(i, operands, result)
         elif opcode == "custom-call":
-            _custom(i, operands, result, total)
+            _custom(i, path, operands, result, total)
         elif opcode in COLLECTIVES:
             found = self.collective(i, operands, result, total)
             # TPU: an all-reduce that keeps a part only, moved as a reduce-scatter is.
@@ -231,8 +410,15 @@ class _Walk:
                 # Of a tuple all is read.
                 read = sum(reads)
                 part = {shape.space: read} if shape.dtype and read < shape.bytes else None
-                total.bytes.update(part or _by_space(shape))
-            total.bytes.update(self.writes(comp, i, result))
+                total.move(path, part or _by_space(shape))
+            total.move(path, self.writes(comp, i, result))
+
+    def applied(self, i: Instruction) -> int:
+        """Operations of the function that a reduction applies."""
+        known = self.module.computations
+        called = (known[n] for n in i.computations("to_apply") if n in known)
+        opcodes = (j.opcode for c in called for j in c.instructions.values())
+        return max(1, sum(opcode in _ELEMENTWISE for opcode in opcodes))
 
     def enter(self, frame: _Frame, i: Instruction, name: str) -> _Frame:
         fused = frame.fused or i.opcode.startswith("fusion")
@@ -241,7 +427,7 @@ class _Walk:
     def conditional(self, frame: _Frame, i: Instruction, total: _Cost) -> None:
         keys = ("branch_computations", "true_computation", "false_computation")
         branches = [self.cost(self.enter(frame, i, name)) for name in i.computations(*keys)]
-        largest = max(branches, key=lambda b: (b.flops, b.bytes.total()))
+        largest = max(branches, key=lambda b: (b.flops, b.moved.total()))
         if any(
             (b.flops, b.collectives, b.unknown)
             != (largest.flops, largest.collectives, largest.unknown)
@@ -380,16 +566,16 @@ class _Walk:
             return self.used(inner, inner.parameters[k].name)
         return whole
 
-    def used(self, comp: Computation, name: str) -> int:
-        """Bytes read of a value inside a fusion."""
+    def used(self, comp: Computation, name: str, returned: bool = True) -> int:
+        """Bytes read of a value in a computation, all of it where that returns it."""
         whole = comp.instructions[name].shape.bytes
-        if name == comp.root:
+        if name == comp.root and returned:
             return whole
         reads = (
             self.reads(comp, user, k)
             for user in comp.users.get(name, ())
             for k, operand in enumerate(user.operands)
-            if operand == name
+            if operand == name and (returned or user.name != comp.root)
         )
         return min(whole, sum(reads))
 
@@ -415,6 +601,19 @@ class _Walk:
             return _by_space(result)
         parts = (self.writes(comp, comp.instructions[name], shape) for name, shape in inside)
         return sum(parts, Counter())
+
+    def compulsory(self, entry: Computation) -> int:
+        """Main memory that arguments and results take, each once; of arrays that leave a loop
+        nothing, for they may have been updated in place."""
+        arguments = (p for p in entry.parameters.values() if not p.shape.space)
+        read = sum(self.used(entry, p.name, returned=False) for p in arguments)
+        root = entry.instructions[entry.root]
+        names = root.operands if root.opcode == "tuple" else [root.name]
+        written = 0
+        for i in map(entry.instructions.__getitem__, names):
+            if i.opcode not in ("parameter", "get-tuple-element", "while", "call", "conditional"):
+                written += self.writes(entry, i, _result(entry, i))[0]
+        return read + written
 
     # Collectives.
 
@@ -497,22 +696,43 @@ def _groups(i: Instruction, devices: int) -> list[list[int]] | None:
     if "source_target_pairs" in i.attributes:
         return list(_connected(i.dims("source_target_pairs")))
     text = i.attributes.get("replica_groups", "{}")
-    if match := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, source, order = ([int(n) for n in (g or "").split(",") if n] for g in match.groups())
-        ids = np.arange(math.prod(source)).reshape(source)
-        found: list[list[int]] = (ids.transpose(order) if order else ids).reshape(shape).tolist()
-        return found
-    if match := re.fullmatch(r"mesh\[(.*?)\] *\{(.*?)\}", text):
-        return _mesh_groups(match[1], match[2])
+    if match := re.fullmatch(r"\[([\d,]+)\]<=(.*)", text):
+        ids = _iota(match[2])
+        return None if ids is None else ids.reshape(_integers(match[1])).tolist()
+    if match := re.fullmatch(r"mesh\[(.*?)\](.*)", text):
+        order = None
+        over = match[2]
+        if "device_ids" in i.attributes:  # not in the order of their numbers
+            ids_text, _, over = i.attributes["device_ids"].rpartition(" ")
+            order = _iota(ids_text.strip()[1:-1])
+            if order is None:
+                return None
+        return _mesh_groups(match[1], over.strip(" {}"), order)
     if not re.fullmatch(r"\{[{}\d, ]*\}", text):
         return None
     listed = re.findall(r"\{([\d, ]+)\}", text)
     return [[int(n) for n in g.split(",")] for g in listed] or [list(range(devices))]
 
 
-def _mesh_groups(mesh: str, over: str) -> list[list[int]] | None:
+def _integers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _iota(text: str) -> np.ndarray | None:
+    """Devices in the order that a text such as [2,4]T(1,0), or a plain list, puts them."""
+    if re.fullmatch(r"[\d, ]+", text):
+        return np.array(_integers(text))
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
+        return None
+    shape, order = _integers(match[1]), _integers(match[2] or "")
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return (ids.transpose(order) if order else ids).reshape(-1)
+
+
+def _mesh_groups(mesh: str, over: str, ids: np.ndarray | None) -> list[list[int]] | None:
     """Groups as mesh['a'=4,'b'=2] {'a'} gives them; 'a':(2)2 is a part of an axis, the one of
-    size 2 after 2."""
+    size 2 after 2. ids: the devices in the mesh's order, where that is not their own."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", mesh)}
     dims: list[tuple[int, bool]] = []
     chosen = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", over)
@@ -527,10 +747,11 @@ def _mesh_groups(mesh: str, over: str) -> list[list[int]] | None:
             dims += [(before // held, False), (part, True)]
             left = size // (before * part)
         dims.append((left, False))
-    ids = np.arange(math.prod(sizes.values())).reshape([n for n, _ in dims])
+    ids = np.arange(math.prod(sizes.values())) if ids is None else ids
     order = sorted(range(len(dims)), key=lambda d: dims[d][1])
     group = math.prod(n for n, inside in dims if inside)
-    found: list[list[int]] = ids.transpose(order).reshape(-1, group).tolist()
+    laid = ids.reshape([n for n, _ in dims]).transpose(order)
+    found: list[list[int]] = laid.reshape(-1, group).tolist()
     return found
 
 
@@ -625,11 +846,37 @@ def valid_taps(
     return total
 
 
+def _dtype(i: Instruction, operands: list[Shape]) -> str:
+    """What a product multiplies: its dtype, or both, and the precision where one is asked for."""
+    names = dict.fromkeys(_DTYPES.get(s.dtype, s.dtype) for s in operands[:2])
+    found = [n.upper() for n in re.findall(r"\w+", i.attributes.get("operand_precision", ""))]
+    if i.opcode == "custom-call":
+        config = i.config.get("gemm_backend_config", {}).get("precision_config", {})
+        found += config.get("operand_precision", [])
+    asked = {n for n in found if n != "DEFAULT"}
+    if algorithm := i.attributes.get("algorithm"):
+        asked = {algorithm.removeprefix("dot_").upper()}
+    return "*".join(names) + (f":{'+'.join(sorted(asked))}" if asked else "")
+
+
+def _reductions(i: Instruction, operands: list[Shape], result: Shape) -> int:
+    """How often a reduction's function is applied."""
+    if i.opcode == "scatter":
+        return operands[-1].size
+    if i.opcode == "reduce":
+        return max(0, operands[0].size - result.leaves[0].size)
+    window = re.search(r"size=([\dx]+)", i.attributes.get("window", ""))
+    taps = math.prod(int(n) for n in window[1].split("x")) if window else 1
+    if i.opcode == "reduce-window":
+        return result.leaves[0].size * (taps - 1)
+    return operands[1].size * taps
+
+
 def _target(i: Instruction) -> str:
     return i.attributes.get("custom_call_target", "").strip('"')
 
 
-def _custom(i: Instruction, operands: list[Shape], result: Shape, total: _Cost) -> None:
+def _custom(i: Instruction, path: str, operands: list[Shape], result: Shape, total: _Cost) -> None:
     """The products in a custom call whose kind is known; the name of any other."""
     target = _target(i)
     first = result.leaves[0] if result.leaves else Shape("")
@@ -666,9 +913,9 @@ def _custom(i: Instruction, operands: list[Shape], result: Shape, total: _Cost) 
     elif _MARKS.fullmatch(target) or _NO_PRODUCTS.fullmatch(target):
         flops = 0
     if flops is None:
-        total.unknown[target or "custom-call"] += 1
+        total.miss(path, target or "custom-call")
     else:
-        total.flops += flops
+        total.product(path, target, _dtype(i, operands), flops)
 
 
 def _attention(i: Instruction, target: str, operands: list[Shape], total: _Cost) -> int | None:

@@ -114,6 +114,11 @@ def product(eqn: Any) -> tuple[int, int]:
     return flops * parts, dense * parts
 
 
+def groups(eqn: Any) -> int:
+    """Into how many groups of channels a convolution falls; 1 for other products."""
+    return max(eqn.params.get(f"{kind}_group_count", 1) for kind in ("feature", "batch"))
+
+
 def dtype(eqn: Any) -> str:
     """What a product multiplies: its dtype, or both, and the precision where one is asked for."""
     names = dict.fromkeys(str(v.aval.dtype) for v in eqn.invars[:2])

@@ -1,0 +1,149 @@
+"""Why a compiled program executes other FLOPs than were written, and why XLA reports yet others."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from research.compute import places
+from research.compute.count import Count
+from research.compute.program import Program
+
+RECOMPUTE = "recomputation, as written"
+MERGED = "recomputation that the compiler merged with the forward pass"
+REWRITTEN = "products of vectors, done as multiplications and additions"
+OPAQUE = "inside calls that cannot be read"
+REMOVED = "not executed: dead, constant, computed once for several, or moved out of a loop"
+GROUPED = "grouped convolutions, computed for every pair of channels"
+REPEATED = "the same work on several devices"
+UNEXPLAINED = "unexplained"
+LOOPS = "loop bodies, counted once by XLA"
+CALLS = "custom calls, not counted by XLA"
+ELEMENTWISE = "elementwise operations and reductions, counted by XLA"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A step on the way from one figure to another."""
+
+    cause: str
+    flops: int
+    """Added to the figure before."""
+    modules: tuple[str, ...] = ()
+
+
+def executed(count: Count, program: Program) -> list[Difference]:
+    """From model FLOPs to those executed, both on all devices; their sum is the difference.
+
+    Products are matched by the module and the phase that the compiler kept the names of; what it
+    executes under no name stands for what else is missing.
+    """
+    devices = program.devices
+    wanted: Counter[tuple[str, str]] = Counter()
+    for (phase, module, *_), flops in count.matmul.items():
+        wanted[phase, places.scoped(module)] += flops
+    forward = {module for _, module in wanted}
+
+    def module_of(path: str) -> tuple[str, str]:
+        place = places.settle(places.of_path(path), forward)
+        return place.phase, place.module
+
+    done: Counter[tuple[str, str]] = Counter()
+    rewritten: Counter[str] = Counter()
+    unnamed = 0
+    for product, flops in program.products.items():
+        phase, module = module_of(product.path)
+        if product.kind == "multiply":
+            rewritten[module] += flops * devices
+        elif not product.path:
+            unnamed += flops * devices
+        else:
+            done[phase, module] += flops * devices
+    opaque = {module_of(path)[1] for path in program.opaque}
+
+    found: dict[str, Counter[str]] = {}
+
+    def book(cause: str, module: str, flops: int) -> None:
+        if flops:
+            found.setdefault(cause, Counter())[module] += flops
+
+    missing: Counter[str] = Counter()
+    surplus: Counter[str] = Counter()
+    for module in forward | {module for _, module in done}:
+        given, asked = (
+            {phase: c[phase, module] for phase in places.PHASES} for c in (done, wanted)
+        )
+        book(RECOMPUTE, module, asked["recompute"])
+        gap = sum(given.values()) - sum(asked.values())
+        if gap >= 0:
+            surplus[module] = gap
+            continue
+        missing[module] = -gap
+        merged = min(missing[module], asked["recompute"]) if not rewritten[module] else 0
+        missing[module] -= merged
+        book(MERGED, module, -merged)
+        simple = min(missing[module], rewritten[module])
+        missing[module] -= simple
+        book(REWRITTEN, module, -simple)
+
+    # What lost its name, or bears another's, is taken for what is missing elsewhere.
+    lost = {module for module in count.grouped if missing[module]}
+    unnamed = _settle(missing, unnamed)
+    if unnamed and lost:
+        book(GROUPED, ", ".join(sorted(lost)), unnamed)
+        unnamed = 0
+    for module in list(surplus):
+        grouped = count.grouped.get(module, 0)
+        asked_here = sum(n for (_, m), n in wanted.items() if m == module)
+        if surplus[module] and grouped:
+            book(GROUPED, module, surplus.pop(module))
+        # Of work that every device repeats, all but one device's is surplus.
+        elif asked_here and surplus[module] * devices <= (asked_here + surplus[module]) * (
+            devices - 1
+        ):
+            book(REPEATED, module, surplus.pop(module))
+        else:
+            surplus[module] = _settle(missing, surplus[module])
+    for module, flops in missing.items():
+        book(OPAQUE if module in opaque else REMOVED, module, -flops)
+    for module, flops in surplus.items():
+        book(UNEXPLAINED, module, flops)
+    book(UNEXPLAINED, "", unnamed)
+    return [
+        Difference(cause, by.total(), tuple(sorted(m for m in by if by[m])))
+        for cause, by in found.items()
+        if by.total()
+    ]
+
+
+def _settle(missing: Counter[str], flops: int) -> int:
+    """Fills gaps with FLOPs, those of just that size first; gives what is left."""
+    for module in sorted(missing, key=lambda m: (missing[m] != flops, -missing[m])):
+        filled = min(missing[module], flops)
+        missing[module] -= filled
+        flops -= filled
+    return flops
+
+
+def reported(program: Program, raw: float) -> list[Difference]:
+    """From the FLOPs executed on a device to the figure of XLA's cost_analysis()."""
+    products, elementwise = program.once
+    calls = sum(
+        n
+        for product, n in program.products.items()
+        if product.kind not in ("dot", "convolution", "multiply")
+    )
+    loops = program.matmul_flops - calls - products
+    rest = round(raw) - products - elementwise
+    steps = ((LOOPS, -loops), (CALLS, -calls), (ELEMENTWISE, elementwise), (UNEXPLAINED, rest))
+    return [Difference(cause, flops) for cause, flops in steps if flops]
+
+
+def xla_flops(compiled: Any) -> float | None:
+    """What XLA's own cost_analysis() says of one device; None where it says nothing."""
+    try:
+        found = compiled.cost_analysis()
+    except Exception:  # of any kind, by backend
+        return None
+    found = found[0] if isinstance(found, list) and found else found
+    flops = found.get("flops") if isinstance(found, dict) else None
+    return None if flops is None or flops < 0 else float(flops)

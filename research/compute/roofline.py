@@ -1,0 +1,192 @@
+"""How fast a program could run on a device, which resource binds it, and what it reaches of it.
+
+After Williams, Waterman and Patterson, Roofline, CACM 2009: a step takes at least the time of its
+products at their peak, of its bytes at the bandwidth of main memory, and of its messages at that of
+the links.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from research.compute import chips, peaks
+from research.compute.program import Collective, Program
+
+_ON_CHIP = 256 * 2**20
+"""Bytes that may stay on the chip from step to step: MI300X's Infinity Cache, the largest there is
+in chips.toml's chips."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What one device does a second, by its vendor or as measured."""
+
+    device: str
+    source: str
+    """datasheet or measured, and the date."""
+    peak: Callable[[str], tuple[float, str] | None] = dataclasses.field(repr=False)
+    """FLOP/s of products, by dtype and precision as `Count.by_dtype` spells them, and how they
+    run; None where no figure exists."""
+    bandwidth: Callable[[int], float] = dataclasses.field(repr=False)
+    """Bytes/s of memory, by the bytes that a program goes through."""
+    link: float | None
+    """Bytes/s that it sends to other devices; as many are received meanwhile."""
+    on_chip: int = 0
+    """Bytes that may have stayed on the chip since the step before."""
+
+
+def datasheet(device: Any) -> Rates | None:
+    """By the table of chips; None for a jax.Device that is not in it."""
+    try:
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+    except Exception:  # a device that is described, and not there, has none
+        memory = None
+    chip = chips.match(device.device_kind, device.platform, memory)
+    return None if chip is None else of_chip(chip)
+
+
+def of_chip(chip: chips.Chip) -> Rates:
+    return Rates(
+        chip.name,
+        f"datasheet, {chip.date}",
+        lambda dtype: chips.peak(chip, *dtype.split(":")),
+        lambda _: chip.memory_bandwidth,
+        chip.interconnect_bandwidth and chip.interconnect_bandwidth / 2,
+        _ON_CHIP,
+    )
+
+
+def measured(device: Any) -> Rates | None:
+    """By scripts/benchmark.py peaks on this machine; None where it has not run."""
+    found = peaks.load(device)
+    return None if found is None else of_peaks(found)
+
+
+def of_peaks(found: peaks.Peaks) -> Rates:
+    def peak(dtype: str) -> tuple[float, str] | None:
+        return (found.matmul[dtype], dtype) if dtype in found.matmul else None
+
+    return Rates(found.device, f"measured, {found.date}", peak, found.bandwidth_at, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A number, or why there is none."""
+
+    value: float | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"unavailable: {self.reason}" if self.value is None else f"{100 * self.value:.1f}%"
+
+
+def utilization(
+    by_dtype: Mapping[str, int], seconds: float, devices: int, rates: Rates | None
+) -> Figure:
+    """FLOPs over seconds x devices x the peak of the precision executed, as a fraction: MFU of
+    model FLOPs, HFU of executed ones. by_dtype: of one step on all devices; seconds: of one step.
+
+    Where precisions mix, each has its own peak: the sum of FLOPs / peak is the time that the step
+    would take at peak. Above 1, a chip or a peak that is not known, and no time at all are refused.
+    """
+    if rates is None:
+        return Figure(None, "no peak is known for this device; scripts/benchmark.py peaks measures")
+    if not (math.isfinite(seconds) and seconds > 0):
+        return Figure(None, f"a step cannot take {seconds} seconds")
+    ideal = compute_seconds(by_dtype, rates)
+    if ideal is None:
+        missing = [d for d in by_dtype if rates.peak(d) is None]
+        return Figure(None, f"no peak for {', '.join(missing)} on {rates.device} ({rates.source})")
+    found = ideal / (seconds * devices)
+    if found > 1:
+        return Figure(
+            None,
+            f"{100 * found:.0f}% of the peak of {rates.device} ({rates.source}): the step was not "
+            "waited for, the device is another, or its peak is higher",
+        )
+    return Figure(found)
+
+
+def compute_seconds(by_dtype: Mapping[str, int], rates: Rates) -> float | None:
+    """Seconds that products take one device at peak; None where a peak is not known."""
+    total = 0.0
+    for dtype, flops in by_dtype.items():
+        if (peak := rates.peak(dtype)) is None:
+            return None
+        total += flops / peak[0]
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Times in seconds of one step on one device; None where a rate is not known."""
+
+    compute: float | None
+    """Of the products executed, at the peaks of their precisions."""
+    memory: float
+    """Of the bytes at the boundaries of fusions; an estimate, for caches may spare some."""
+    communication: float | None
+    """Of the collectives, by ring algorithms at the full rate of the links; an estimate."""
+    at_least: float
+    """A lower bound: products, the bytes that no fusion spares, and messages that no algorithm
+    spares, all at once."""
+    intensity: float | None
+    """FLOPs executed a byte of main memory."""
+
+    @property
+    def times(self) -> dict[str, float]:
+        named = {"compute": self.compute, "memory": self.memory, "links": self.communication}
+        return {name: seconds for name, seconds in named.items() if seconds is not None}
+
+    @property
+    def binds(self) -> str:
+        """Which takes longest."""
+        return max(self.times, key=self.times.__getitem__)
+
+    @property
+    def overlapped(self) -> float:
+        """All at once, perfectly."""
+        return max(self.times.values())
+
+    @property
+    def serial(self) -> float:
+        """One after the other."""
+        return sum(self.times.values())
+
+
+def roofline(program: Program, rates: Rates) -> Roofline:
+    moved = program.bytes_by_space.get(0, 0)
+    compute = compute_seconds(program.by_dtype, rates)
+    resident = max(program.compulsory - rates.on_chip, 0)
+    rings, least = (_links(program.collectives, rates.link, f) for f in (_ring, _egress))
+    return Roofline(
+        compute=compute,
+        memory=moved / rates.bandwidth(moved) if moved else 0.0,
+        communication=rings,
+        at_least=max(
+            compute or 0.0,
+            resident / rates.bandwidth(program.compulsory) if resident else 0.0,
+            least or 0.0,
+        ),
+        intensity=program.matmul_flops / moved if moved else None,
+    )
+
+
+def _links(
+    collectives: Iterable[Collective], link: float | None, sent: Callable[[Collective], float]
+) -> float | None:
+    total = sum(sent(c) * c.count for c in collectives)
+    if not total:
+        return 0.0
+    return None if link is None else total / link
+
+
+def _egress(c: Collective) -> float:
+    """Bytes that a device sends at least: an all-reduce's sum may form on the way."""
+    return c.bytes * (1 if c.kind == "collective-permute" else 1 - 1 / max(c.group_size, 1))
+
+
+def _ring(c: Collective) -> float:
+    """Bytes that a device sends around a ring (Patarasuk and Yuan, 2009)."""
+    return _egress(c) * (2 if c.kind == "all-reduce" else 1)
