@@ -128,7 +128,7 @@ def roofline(report: Report, out: Path) -> Path:
     moved = run.bytes_by_space.get(0, 0)
     step = total / max(moved, 1)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure = Figure(figsize=(6.4, 4.6))
+        figure = Figure(figsize=(7.6, 4.4))
         figure.set_layout_engine("constrained")
         axis = figure.subplots()
         intensities = [step, *(x for x, _ in points.values())]

@@ -42,6 +42,11 @@ class Summary:
     """Model FLOPs over all devices: matrix products and convolutions, 2 a multiply-add."""
     flops_qualifier: str
     """exact, lower bound, upper bound or estimated."""
+    mfu: float | None = None
+    """Model FLOPs over time and peak, of the last session's steps; None where unavailable, with the
+    reason in log.txt."""
+    mfu_of: str | None = None
+    """The peak's source: the datasheet, or measured, and its date."""
     target: str | None = None
     reached: float | None = None
     """The target metric's value."""
@@ -217,6 +222,7 @@ def table(summaries: Sequence[Summary]) -> str:
         "seconds",
         "steps/s",
         "FLOPs/step",
+        "MFU",
     )
     rows = [head, *map(_row, summaries)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -236,6 +242,8 @@ def _row(s: Summary) -> tuple[str, ...]:
         "" if s.flops_qualifier == "exact" else f" ({s.flops_qualifier})"
     )
     reached = "" if s.reached is None else f"{s.reached:.4f}"
+    against = "" if s.mfu_of is None else s.mfu_of.split(",")[0]
+    mfu = "unavailable" if s.mfu is None else f"{100 * s.mfu:.1f}% of {against}"
     verdict = "" if s.met is None else "met" if s.met else "MISSED"
     return (
         s.name,
@@ -247,4 +255,5 @@ def _row(s: Summary) -> tuple[str, ...]:
         f"{s.seconds:.1f}",
         f"{s.steps_per_second:.4g}",
         flops,
+        mfu,
     )

@@ -116,13 +116,12 @@ def train(
             traced = setup.step().trace(*setup.example())
             step_fn = traced.lower().compile()
             ledger = compute.report(traced, compiled=step_fn, mesh=setup.mesh)
-            cost = ledger.count
             run.write_json(workdir, "compute.json", ledger.json())
             if start:
                 state, before = saved.restore(start, setup.abstract, setup.shardings)
             else:
                 state = setup.initial()
-        log = stack.enter_context(run.recorder(workdir, e, start, cost.model_flops, quiet))
+        log = stack.enter_context(run.recorder(workdir, e, start, ledger.count.model_flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
         asked = stack.enter_context(checkpoint.stop_requested())
         for line in (*news, ledger.line()):
@@ -185,6 +184,11 @@ def train(
         for split in e.final_splits:
             if split not in final:
                 final |= evaluate(step, state, split)
+        if step > start:
+            ledger = ledger.after(clock.seconds / (step - start))
+            run.write_json(workdir, "compute.json", ledger.json())
+            for line in ledger.reached():
+                log.message(line)
         save(step, state)  # last, so that a state whose metrics are not finite is not kept
     summary = run.Summary(
         name=workdir.name,
@@ -196,8 +200,10 @@ def train(
         seconds=before + clock.seconds,
         steps_per_second=step / (before + clock.seconds),
         apart=clock.apart,
-        flops_per_step=cost.model_flops,
-        flops_qualifier=cost.qualifier,
+        flops_per_step=ledger.count.model_flops,
+        flops_qualifier=ledger.count.qualifier,
+        mfu=ledger.mfu.value,
+        mfu_of=ledger.rates[0].source if ledger.rates else None,
     )
     return run.finish(workdir, summary, e.target)
 

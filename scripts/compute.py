@@ -38,8 +38,7 @@ def main() -> None:
             step = traced.lower().compile()
             found = compute.report(traced, compiled=step, mesh=ready.mesh)
         if options.measure:
-            seconds = loop.bare(ready, step, options.measure, 1)
-            found = dataclasses.replace(found, seconds=seconds)
+            found = found.after(loop.bare(ready, step, options.measure, chunk=1))
         if options.plot:
             plot.roofline(found, options.plot)
     print(found)

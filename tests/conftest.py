@@ -19,6 +19,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_peaks(tmp_path_factory):
+    """What was measured on this machine is not known to the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ERGON_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
     """A program that several tests compile is compiled once a session."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -5,11 +6,14 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 
-from research import plot
+from research import UserError, compute, plot
+from research.compute import chips, roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,3 +192,64 @@ def test_script(tmp_path):
     assert error.startswith("error: nowhere: no such directory")
     assert error.count("\n") == 1
     assert run.exists()
+
+
+# ---- the roofline
+
+
+def two_modules(w, x):
+    with jax.named_scope("wide"):
+        x = jnp.tanh(x @ w)
+    with jax.named_scope("narrow"):
+        return (x @ w[:, :4]).sum()
+
+
+@pytest.fixture(scope="module")
+def step():
+    return compute.report(jax.grad(two_modules), jnp.ones((64, 64)), jnp.ones((64, 64)))
+
+
+def points(monkeypatch):
+    """What is drawn as single points: (intensity, rate)."""
+    drawn = []
+    scatter, line = matplotlib.axes.Axes.scatter, matplotlib.axes.Axes.plot
+
+    def keep(draw):
+        def kept(axis, xs, ys, *args, **kwargs):
+            drawn.append((xs, ys, kwargs["label"]))
+            return draw(axis, xs, ys, *args, **kwargs)
+
+        return kept
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "scatter", keep(scatter))
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", keep(line))
+    return drawn
+
+
+def test_modules_stand_under_the_roof(step, tmp_path, monkeypatch):
+    drawn = points(monkeypatch)
+    rates = roofline.of_chip(chips.chips()["a100-sxm4-40gb"])
+    measured = dataclasses.replace(step, rates=[rates], seconds=1e-3)
+    out = plot.roofline(measured, tmp_path / "roof.svg")
+    shown = " ".join(texts(out))
+    for words in ("wide", "narrow", "A100", "FLOPs a byte of main memory", "as measured"):
+        assert words in shown
+    by_label = {label: (xs, ys) for xs, ys, label in drawn}
+    peak, bandwidth = 156e12, 1555e9
+    for module, (flops, moved) in step.program.by_module.items():
+        if flops:
+            (x,), (y,) = by_label[module]
+            assert x == pytest.approx(flops / moved)
+            assert y == pytest.approx(min(peak, x * bandwidth))
+    assert by_label["as measured"][1] == [step.program.matmul_flops / 1e-3]
+
+
+def test_a_roof_needs_rates(step, tmp_path):
+    with pytest.raises(UserError, match=r"benchmark\.py peaks"):
+        plot.roofline(step, tmp_path / "roof.svg")
+    with pytest.raises(UserError, match=r"\.png or \.svg"):
+        plot.roofline(step, tmp_path / "roof.pdf")
+    bare = roofline.Rates("x", "measured", lambda dtype: None, lambda size: 1e9, None)
+    with pytest.raises(UserError, match="no peak is known for float32"):
+        plot.roofline(dataclasses.replace(step, rates=[bare]), tmp_path / "roof.svg")
+    assert not list(tmp_path.iterdir())

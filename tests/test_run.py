@@ -129,14 +129,21 @@ def test_table():
         [
             row,
             dataclasses.replace(
-                row, met=True, flops_qualifier="upper bound", steps_per_second=20.0
+                row,
+                met=True,
+                flops_qualifier="upper bound",
+                steps_per_second=20.0,
+                mfu=0.4123,
+                mfu_of="datasheet, 2026-01-02",
             ),
         ]
     ).splitlines()
     assert head.split()[:3] == ["model", "parameters", "data"]
     assert first.split()[0:3] == ["lstm", "1,234,567", "Words"]
-    assert first.split()[-5:] == ["0.8000", "MISSED", "12.3", "0.81", "1.5e+09"]
-    assert second.split()[-6:] == ["met", "12.3", "20", "1.5e+09", "(upper", "bound)"]
+    assert first.split()[-6:-1] == ["0.8000", "MISSED", "12.3", "0.81", "1.5e+09"]
+    assert first.endswith("unavailable")
+    assert second.split()[-9:-3] == ["met", "12.3", "20", "1.5e+09", "(upper", "bound)"]
+    assert second.endswith("41.2% of datasheet")
 
 
 def test_judging_without_a_target(finished):

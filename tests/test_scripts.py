@@ -78,9 +78,24 @@ def test_compute_prints_what_training_wrote(trained, tmp_path):
     workdir, _ = trained
     out = ok("compute", workdir / "config.json", "--json", tmp_path / "cost.json")
     assert "645,120  exact" in out
-    assert json.loads((tmp_path / "cost.json").read_text()) == json.loads(
-        (workdir / "compute.json").read_text()
+    assert "XLA reports" in out
+    now, then = (
+        json.loads(p.read_text()) for p in (tmp_path / "cost.json", workdir / "compute.json")
     )
+    assert then.pop("seconds") > 0
+    assert then.pop("utilization") == []  # no peaks were measured
+    assert now == then
+
+
+def test_compute_counts_without_compiling_and_measures(tmp_path):
+    out = ok("compute", "configs/mlp_cancer.py", "--trace_only")
+    assert "645,120  exact" in out
+    assert "executed" not in out
+    assert "measured" in ok("compute", "configs/mlp_cancer.py", "--measure", "3")
+    refused = script("compute", "configs/mlp_cancer.py", "--plot", tmp_path / "r.png")
+    assert refused.returncode == 2
+    assert "benchmark.py peaks" in refused.stderr
+    assert not (tmp_path / "r.png").exists()
 
 
 def test_profile_writes_a_trace(tmp_path):

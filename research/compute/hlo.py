@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[({]|[\])}]|,| ', re.DOTALL)
+_OPENS = re.compile(r'["\[({]')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"(ENTRY\s+)?%?([^\s(={]+)\s*(\(.*)?\{$")
 _INSTRUCTION = re.compile(r"\s*(ROOT\s+)?%?([^\s=]+) = ")
@@ -179,7 +180,8 @@ def _instruction(line: str) -> tuple[Instruction, bool]:
     match = _INSTRUCTION.match(line)
     if not match:
         raise ValueError(f"not an HLO instruction: {line.strip()[:80]}")
-    end = _end(line, match.end(), " ")
+    # A shape has spaces between the elements of a tuple alone.
+    end = _end(line, match.end(), " ") if line[match.end()] == "(" else line.find(" ", match.end())
     opcode = _OPCODE.match(line, end)
     if not opcode:
         raise ValueError(f"not an HLO instruction: {line.strip()[:80]}")
@@ -196,6 +198,9 @@ def _instruction(line: str) -> tuple[Instruction, bool]:
 
 def _end(text: str, start: int, stop: str) -> int:
     """Where stop first stands outside quotes and brackets that open after start."""
+    first = text.find(stop, start)
+    if not _OPENS.search(text, start, first if first >= 0 else len(text)):
+        return first if first >= 0 else len(text)
     depth = 0
     for token in _TOKEN.finditer(text, start):
         mark = token[0]

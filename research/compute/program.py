@@ -873,6 +873,8 @@ def _reductions(i: Instruction, operands: list[Shape], result: Shape) -> int:
 
 
 def _target(i: Instruction) -> str:
+    if i.opcode != "custom-call":
+        return ""
     return i.attributes.get("custom_call_target", "").strip('"')
 
 

@@ -36,6 +36,12 @@ class Report:
     """Measured, of one call."""
     peak_bytes: int | None = None
     """The most that the device has held since it started, where it tells."""
+    device: Any = dataclasses.field(default=None, repr=False, compare=False)
+    """The jax.Device compiled for, or one of them."""
+
+    def after(self, seconds: float) -> "Report":
+        """With what was measured: seconds of one call, and the device's peak of memory by now."""
+        return dataclasses.replace(self, seconds=seconds, peak_bytes=_peak_bytes(self.device))
 
     @property
     def devices(self) -> int:
@@ -71,6 +77,13 @@ class Report:
             name: roofline.utilization(flops, self.seconds, self.devices, rates)
             for name, flops in asked.items()
         }
+
+    @property
+    def mfu(self) -> roofline.Figure:
+        """By the first rates that are known, its datasheet's where there is one."""
+        if self.seconds is None:
+            return roofline.Figure(None, "no step was measured")
+        return self.utilization(self.rates[0] if self.rates else None)["MFU"]
 
     def line(self) -> str:
         """For a log."""
@@ -118,7 +131,7 @@ class Report:
         if self.program:
             parts += [self._executed(self.program), _memory(self.program.memory, self.peak_bytes)]
             parts += [_moved(self.program), self._times()]
-        parts += [self._reached()]
+        parts += [self.reached()]
         shares = {"module": tree(self.count.by_module), "dtype": list(self.count.by_dtype.items())}
         shares = {"phase": list(self.count.by_phase.items())} | shares
         for name, rows in shares.items():
@@ -162,7 +175,8 @@ class Report:
                 lines.append(f"  no peak for {', '.join(self.program.by_dtype)}")
         return lines
 
-    def _reached(self) -> list[str]:
+    def reached(self) -> list[str]:
+        """MFU and HFU in lines; none where nothing was measured."""
         if self.seconds is None:
             return []
         lines = [f"measured {_time(self.seconds)} a step"]
@@ -195,14 +209,14 @@ def report(
     names = getattr(traced.jaxpr.jaxpr.debug_info, "arg_names", None)
     device = _device(compiled)
     found = [] if device is None else [roofline.datasheet(device), roofline.measured(device)]
-    return Report(
+    report = Report(
         count=count(traced),
         program=program(compiled, mesh, names),
         xla_flops=causes.xla_flops(compiled),
         rates=[rates for rates in found if rates],
-        seconds=seconds,
-        peak_bytes=peak_bytes(device),
+        device=device,
     )
+    return report if seconds is None else report.after(seconds)
 
 
 def _device(compiled: Any) -> Any:
@@ -212,7 +226,7 @@ def _device(compiled: Any) -> Any:
     return None
 
 
-def peak_bytes(device: Any) -> int | None:
+def _peak_bytes(device: Any) -> int | None:
     """The most that a device has held since it started; None where it does not tell."""
     try:
         found = device.memory_stats() or {}
