@@ -1,139 +1,17 @@
 """Measurements: python scripts/benchmark.py {ngram,loop,peaks,ledger} [...]"""
 
-import dataclasses
-import json
 import sys
-from pathlib import Path
-from typing import Any, Literal
 
-import jax
-import tyro
-
-from research import command, run
-from research.bench import ledger, loop, metering, ngram
-from research.compute import chips, peaks
-from research.data.bundled import PythonReference
-
-USAGE = "python scripts/benchmark.py {ngram [RUN ...], loop CONFIG, peaks [--json FILE], ledger}"
+from research import command
+from research.bench import commands
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ngram:
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Finished runs of text models, printed beside the n-grams."""
-    orders: int = 8
-
-
-def print_ngram(argv: list[str]) -> None:
-    options = command.parse(Ngram, USAGE, argv)
-    if options.orders < 1:
-        command.fail(f"--orders must be 1 or more, not {options.orders}")
-    with command.one_line_errors():
-        models = [run.summary(path) for path in options.runs]
-    for model in models:
-        if "bits_per_character" not in model.metrics.get("validation", {}):
-            command.fail(f"{model.name} has no validation bits_per_character: not a run on text")
-    tokens, vocab = PythonReference.tokens(), len(PythonReference.alphabet())
-    text = tokens["train"], tokens["validation"], vocab
-    orders = range(1, options.orders + 1)
-    columns = [dict(ngram.table(*text, orders, smoothing=s)) for s in ngram.SMOOTHINGS]
-    print("bits per character on the validation text\n")
-    print(f"{'order':24}" + "".join(f"{name:>14}" for name in ngram.SMOOTHINGS))
-    for order in orders:
-        print(f"{order:<24}" + "".join(f"{column[order]:14.3f}" for column in columns))
-    for model in models:
-        print(f"{model.name:24}{model.metrics['validation']['bits_per_character']:14.3f}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loop(command.Options):
-    rounds: int = 5
-    """Times that both are measured, in turn."""
-
-
-def print_loop(argv: list[str]) -> None:
-    options = command.parse(Loop, USAGE, argv)
-    with command.one_line_errors():
-        found = loop.overhead(options.experiment, rounds=options.rounds)
-    print(f"bare step  {found.bare_ms:8.2f} ms")
-    print(f"in train() {found.loop_ms:8.2f} ms")
-    low, high = found.spread
-    print(f"ratio      {found.ratio:8.3f}     rounds from {low:.3f} to {high:.3f}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Peaks:
-    json: Path | None = None
-    """Also write the figures to this file."""
-
-
-def print_peaks(argv: list[str]) -> None:
-    options = command.parse(Peaks, USAGE, argv)
-    device = jax.local_devices()[0]
-    with command.one_line_errors():
-        found = peaks.measure(device, say=lambda line: print(line, file=sys.stderr))
-        chip = chips.match(device.device_kind, device.platform)
-        giga = max(found.matmul.values()) < 1e13
-        unit, scale = ("GFLOP/s", 1e9) if giga else ("TFLOP/s", 1e12)
-        beside = f"{'datasheet':>12}{'ratio':>8}" if chip else ""
-        versions = (f"{name} {version}" for name, version in found.versions.items())
-        print(", ".join((found.device, found.platform, *versions, found.date)))
-        print(f"\n{'products of':24}{unit:>12}{beside}")
-        for name, rate in found.matmul.items():
-            dtype, _, precision = name.partition(":")
-            published = chip and chips.peak(chip, dtype, precision or None)
-            print(_row(name, rate, published and published[0], scale))
-        print(f"\n{'triad over':24}{'GB/s':>12}{beside}")
-        for size, rate in found.bandwidth:
-            largest = size == found.bandwidth[-1][0]
-            published = chip.memory_bandwidth if chip and largest else None
-            print(_row(f"{size / 2**20:g} MiB", rate, published, 1e9))
-        if options.json:
-            options.json.write_text(json.dumps(peaks.to_json(found), indent=2) + "\n")
-        print(f"\nkept in {peaks.save(found)}")
-
-
-def _row(name: str, rate: float, published: float | None, scale: float) -> str:
-    row = f"{name:24}{rate / scale:12,.1f}"
-    return row + (f"{published / scale:12,.1f}{rate / published:8.2f}" if published else "")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ledger:
-    json: Path | None = None
-    """Also write the figures to this file."""
-    only: Literal["counters", "costs"] | None = None
-    """counters: the table of counters alone; costs: what counting costs alone."""
-
-
-def print_ledger(argv: list[str]) -> None:
-    options = command.parse(Ledger, USAGE, argv)
-    found: dict[str, Any] = {"versions": ledger.versions()}
-    print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
-    with command.one_line_errors():
-        if options.only != "costs":
-            lines = []
-            for line in ledger.measure():
-                print(line.row.name, file=sys.stderr)
-                lines.append(line)
-            found["counters"] = [line.to_json() for line in lines]
-            print(f"\n{ledger.table(lines)}")
-        if options.only != "counters":
-            configs = [p for p in sorted(Path("configs").glob("*.py")) if p.stem != "__init__"]
-            costs = {p.stem: metering.cost(command.load(p)) for p in configs}
-            seconds = metering.per_step()
-            found["costs"] = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
-            found["metering_seconds_per_step"] = seconds
-            print(f"\n{metering.table(costs)}")
-            share = 100 * seconds / metering.STEP
-            print(f"metering a step: {1e6 * seconds:.0f} us, {share:.2f}% of one of 20 ms")
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
+def main() -> None:
+    kind, *argv = sys.argv[1:] or [""]
+    if kind not in commands.KINDS:
+        command.fail(f"usage: {commands.USAGE}")
+    commands.KINDS[kind](argv)
 
 
 if __name__ == "__main__":
-    kinds = {"ngram": print_ngram, "loop": print_loop, "peaks": print_peaks, "ledger": print_ledger}
-    if sys.argv[1:2] and sys.argv[1] in kinds:
-        kinds[sys.argv[1]](sys.argv[2:])
-    else:
-        command.fail(f"usage: {USAGE}")
+    main()

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from research import command, experiment, parallel
+from research import command, compute, experiment, parallel
+from research.compute import causes
 from research.setup import prepare
 
 CONFIGS = sorted(p for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
@@ -35,6 +36,34 @@ def test_one_shrunken_step(path):
     state, _ = setup.step()(state, batch, setup.root)
     moved = jax.tree.map(lambda a, b: np.any(a != b), before, jax.device_get(state.params))
     assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_every_flop_of_its_step_is_accounted_for(path):
+    setup = prepare(command.load(path), jax.devices()[:1])
+    found = compute.report(setup.step().trace(*setup.abstract_example()))
+    assert found.count.exact
+    assert found.program.exact
+    named = [d for d in found.differences if d.cause != causes.UNEXPLAINED]
+    executed = found.count.model_flops + sum(d.flops for d in named)
+    assert executed == pytest.approx(found.program.matmul_flops, rel=0.01)
+    named = [d for d in found.xla_differences if d.cause != causes.UNEXPLAINED]
+    reported = found.program.matmul_flops + sum(d.flops for d in named)
+    assert reported == pytest.approx(found.xla_flops, rel=0.01)
+    memory = found.program.memory
+    assert memory.arguments == sum(memory.arguments_by.values())
+    assert memory.arguments_by["state.params"] == 4 * setup.parameters
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_its_model_flops_are_the_same_on_every_mesh(path):
+    whole = dataclasses.replace(command.load(path), batch_size=8)
+    counts = []
+    for fsdp, devices in ((1, 1), (1, 8), (4, 8), (8, 8)):
+        split = dataclasses.replace(whole, parallel=parallel.Parallel(fsdp=fsdp))
+        setup = prepare(split, jax.devices()[:devices])
+        counts.append(compute.count(setup.step().trace(*setup.abstract_example())))
+    assert counts == counts[:1] * len(counts)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from research.bench import commands
 from research.compute import chips, count, peaks
 from research.compute.peaks import Loop, Peaks
 from research.compute.program import program
@@ -483,15 +484,12 @@ def test_the_script_prints_writes_and_keeps(tmp_path):
 
 
 def test_the_script_prints_the_datasheet_beside(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts/benchmark.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     rates = {"float32": 4e14, "float32:HIGHEST": 5e13, "bfloat16": 7.9e14, "float31": 1.0}
     bandwidth = ((2**20, 9e12), (2**30, 3e12))
     monkeypatch.setattr(peaks, "measure", lambda *_, **__: some(matmul=rates, bandwidth=bandwidth))
     h100 = chips.chips()["h100-sxm"]
     monkeypatch.setattr(chips, "match", lambda *_: h100)
-    benchmark.print_peaks([])
+    commands.the_peaks([])
     rows = {line[:24].rstrip(): line[24:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["products of"] == ["TFLOP/s", "datasheet", "ratio"]
     assert rows["float32"] == ["400.0", "494.7", "0.81"]
@@ -500,6 +498,16 @@ def test_the_script_prints_the_datasheet_beside(monkeypatch, capsys):
     assert rows["float31"] == ["0.0"]
     assert rows["1 MiB"] == ["9,000.0"]
     assert rows["1024 MiB"] == ["3,000.0", f"{h100.memory_bandwidth / 1e9:,.1f}", "0.90"]
+
+
+def test_what_is_kept_is_not_measured_again_unless_asked():
+    first = script("--if_missing")
+    assert "float32 64: " in first.stderr
+    kept = peaks.load()
+    again = script("--if_missing")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == first.stdout
+    assert peaks.load() == kept
 
 
 def test_a_mistake_is_one_line():
