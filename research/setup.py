@@ -39,7 +39,12 @@ class Setup:
 
     @functools.cached_property
     def abstract(self) -> train.State:
-        return jax.eval_shape(functools.partial(train.init, self), self.root)
+        return jax.eval_shape(functools.partial(train.init, self), self._abstract_root)
+
+    @functools.cached_property
+    def _abstract_root(self) -> jax.ShapeDtypeStruct:
+        key = jax.eval_shape(lambda: jax.random.key(self.experiment.seed))
+        return _placed(key, parallel.replicated(self.mesh))
 
     @functools.cached_property
     def shardings(self) -> train.State:
@@ -61,15 +66,24 @@ class Setup:
         step = functools.partial(train.train_step, self)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
+    def abstract_example(self) -> tuple[train.State, Any, Any]:
+        """Arguments to lower `step` with, all as shapes: the state, a batch, the root key.
+
+        Nothing is put on a device: the mesh may be of devices that are not there.
+        """
+        # Through jax for its dtypes: int64 becomes int32.
+        batch = jax.eval_shape(lambda batch: batch, self._first_batch())
+        split = parallel.batched(self.mesh)
+        placed = {name: _placed(array, split) for name, array in batch.items()}
+        return jax.tree.map(_placed, self.abstract, self.shardings), placed, self._abstract_root
+
     def example(self) -> tuple[train.State, dict[str, jax.Array], jax.Array]:
-        """Arguments to lower `step` with: the state as shapes, a real batch, the root key."""
-        batch = self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
-        state = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            self.abstract,
-            self.shardings,
-        )
-        return state, parallel.put(batch, self.mesh), self.root
+        """The same, with a real batch and the real root key."""
+        state, _, _ = self.abstract_example()
+        return state, parallel.put(self._first_batch(), self.mesh), self.root
+
+    def _first_batch(self) -> dict[str, np.ndarray]:
+        return self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
 
     def judge(self, state: train.State, metrics: Mapping[str, float]) -> train.State:
         """The state after early stopping has seen an evaluation."""
@@ -93,6 +107,10 @@ class Setup:
             row: self._evaluator(params, state.model_state, state.carry, examples, self.batch_size)
             for row, params in rows.items()
         }
+
+
+def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Setup:

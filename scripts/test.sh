@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs, then lints, type-checks and runs every test. Arguments go to pytest.
 set -euo pipefail
-. "$(dirname "$0")/install.sh" dev
+. "$(dirname "$0")/install.sh" dev,plan
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -2,9 +2,9 @@
 TPU v5e (libtpu 0.0.42) and H100 (jax-cuda13-plugin 0.10.2) print it, names and attributes that
 nothing reads left out. With those compilers installed, the programs themselves are compiled."""
 
-import importlib.util
 from types import SimpleNamespace
 
+import ahead
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -886,38 +886,10 @@ def test_groups_not_understood_are_a_reason():
 
 # With the compilers for TPU and CUDA themselves, which need no such device.
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
-
-@pytest.fixture(scope="module", params=["tpu", "cuda"])
+@pytest.fixture(scope="module", params=ahead.TARGETS)
 def compile_for(request):
-    from jax.experimental import topologies
-
-    if request.param == "tpu":
-        if not importlib.util.find_spec("libtpu"):
-            pytest.skip("libtpu, the compiler for TPU, is not installed")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-            patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-            found = topologies.get_topology_desc("v5e:2x2", "tpu")
-    else:
-        if not importlib.util.find_spec("jax_cuda13_plugin"):
-            pytest.skip("jax-cuda13-plugin, the compiler for CUDA, is not installed")
-        found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x4")
+    found = ahead.topology(request.param)
 
     def compile_(function, *arguments, place=None):
         place = place or SingleDeviceSharding(found.devices[0])

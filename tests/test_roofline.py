@@ -88,6 +88,14 @@ def test_mixed_precisions_each_have_their_peak():
     assert highest.value > roofline.utilization({"float32": 10**14}, 10.0, 1, H100).value
 
 
+def test_a_product_of_two_dtypes_runs_as_the_slower():
+    peaks = CHIPS["h100-sxm"].peaks
+    assert H100.peak("float32*bfloat16")[0] == peaks["tf32"]
+    assert H100.peak("bfloat16*float32:HIGHEST")[0] == peaks["float32"]
+    assert H100.peak("bfloat16*nonsense") is H100.peak("nonsense") is None
+    assert V5E.peak("float32*bfloat16")[0] == 197e12
+
+
 @pytest.mark.parametrize(
     ("by_dtype", "seconds", "rates", "reason"),
     [

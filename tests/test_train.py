@@ -169,6 +169,16 @@ def test_buffers_are_donated():
     assert all(leaf.is_deleted() for leaf in kept)
 
 
+def test_an_example_in_outline_has_the_shapes_and_places_of_a_real_one():
+    setup = prepare(tiny.mlp(parallel=parallel.Parallel(fsdp=2)))
+    outline, real = (
+        jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), example)
+        for example in (setup.abstract_example(), setup.example())
+    )
+    assert outline == real
+    assert not [a for a in jax.tree.leaves(setup.abstract_example()) if isinstance(a, jax.Array)]
+
+
 def test_metrics_of_a_step_are_fetched_while_the_next_one_runs(tmp_path, monkeypatch):
     events = []
     put = parallel.put

@@ -15,6 +15,7 @@ OPAQUE = "inside calls that cannot be read"
 REMOVED = "not executed: dead, constant, computed once for several, or moved out of a loop"
 GROUPED = "grouped convolutions, computed for every pair of channels"
 REPEATED = "the same work on several devices"
+PADDED = "sizes filled up to those of the compiler's kernels"
 UNEXPLAINED = "unexplained"
 LOOPS = "loop bodies, counted once by XLA"
 CALLS = "custom calls, not counted by XLA"
@@ -59,6 +60,7 @@ def executed(count: Count, program: Program) -> list[Difference]:
         else:
             done[phase, module] += flops * devices
     opaque = {module_of(path)[1] for path in program.opaque}
+    padded = {module_of(path)[1] for path in program.padded}
 
     found: dict[str, Counter[str]] = {}
 
@@ -96,6 +98,8 @@ def executed(count: Count, program: Program) -> list[Difference]:
         asked_here = sum(n for (_, m), n in wanted.items() if m == module)
         if surplus[module] and grouped:
             book(GROUPED, module, surplus.pop(module))
+        elif module in padded:
+            book(PADDED, module, surplus.pop(module))
         # Of work that every device repeats, all but one device's is surplus.
         elif asked_here and surplus[module] * devices <= (asked_here + surplus[module]) * (
             devices - 1

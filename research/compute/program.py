@@ -134,6 +134,8 @@ class Program:
     """Why matmul_flops and collectives are not exact, besides unknown."""
     opaque: Counter[str] = dataclasses.field(default_factory=Counter)
     """By path, executions of what is unknown."""
+    padded: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By path, FLOPs of products whose operands the compiler has padded; in `products` too."""
     once: tuple[int, int] = (0, 0)
     """FLOPs of products, and of elementwise operations and reductions, with the body of every
     loop once and custom calls left out: what XLA's cost_analysis counts."""
@@ -232,6 +234,7 @@ def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
         else:
             total.reasons["a module without an entry computation"] = None
     found.products, found.moved, found.opaque = total.products, total.moved, total.opaque
+    found.padded = total.padded
     found.once = total.products_once, total.elementwise_once
     found.collectives = [dataclasses.replace(c, count=n) for c, n in total.collectives.items()]
     found.unknown, found.reasons = dict(total.unknown), list(total.reasons)
@@ -295,6 +298,7 @@ class _Cost:
     """By the collective, its own count left at 0."""
     unknown: Counter[str] = dataclasses.field(default_factory=Counter)
     opaque: Counter[str] = dataclasses.field(default_factory=Counter)
+    padded: Counter[str] = dataclasses.field(default_factory=Counter)
     reasons: dict[str, None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -325,6 +329,7 @@ class _Cost:
         _scale(self.collectives, other.collectives, times)
         _scale(self.unknown, other.unknown, times)
         _scale(self.opaque, other.opaque, times)
+        _scale(self.padded, other.padded, times)
         self.reasons.update(other.reasons)
 
 
@@ -378,7 +383,10 @@ class _Walk:
                 total.add(self.cost(self.enter(frame, i, name)))
         result = _result(comp, i)
         if opcode in ("dot", "scaled-dot"):
-            total.product(path, "dot", _dtype(i, operands), _dot(i, operands, result))
+            flops = _dot(i, operands, result)
+            total.product(path, "dot", _dtype(i, operands), flops)
+            if any(self.padded(frame, name) for name in i.operands):
+                total.padded[path] += flops
         elif opcode == "ragged-dot":
             total.product(path, "dot", _dtype(i, operands), _ragged(i, operands))
         elif opcode == "convolution":
@@ -472,6 +480,13 @@ class _Walk:
         if i.opcode in ("copy", "bitcast", "reshape"):
             return self.through(frame, i.operands[0])
         return frame, i
+
+    def padded(self, frame: _Frame, name: str) -> bool:
+        """Whether a value, here or where it was passed from, was padded."""
+        frame, i = self.through(frame, name)
+        if i.opcode == "parameter" and frame.fused and frame.parent and frame.call:
+            return self.padded(frame.parent, frame.call.operands[int(i.operands[0])])
+        return i.opcode == "pad"
 
     def progress(
         self, frame: _Frame, i: Instruction, value: tuple[int | None, int] | None

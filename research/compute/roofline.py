@@ -50,7 +50,7 @@ def of_chip(chip: chips.Chip) -> Rates:
     return Rates(
         chip.name,
         f"datasheet, {chip.date}",
-        lambda dtype: chips.peak(chip, *dtype.split(":")),
+        _slowest(lambda dtype: chips.peak(chip, *dtype.split(":"))),
         lambda _: chip.memory_bandwidth,
         chip.interconnect_bandwidth and chip.interconnect_bandwidth / 2,
         _ON_CHIP,
@@ -67,7 +67,20 @@ def of_peaks(found: peaks.Peaks) -> Rates:
     def peak(dtype: str) -> tuple[float, str] | None:
         return (found.matmul[dtype], dtype) if dtype in found.matmul else None
 
-    return Rates(found.device, f"measured, {found.date}", peak, found.bandwidth_at, None)
+    return Rates(found.device, f"measured, {found.date}", _slowest(peak), found.bandwidth_at, None)
+
+
+def _slowest(peak: Callable[[str], tuple[float, str] | None]) -> Callable[[str], Any]:
+    """`peak`, for products of two dtypes too: they run as the slower of the two, to which XLA
+    converts the other (TPUs round the float32 of float32*bfloat16, at default precision)."""
+
+    def slowest(dtype: str) -> tuple[float, str] | None:
+        names, colon, precision = dtype.partition(":")
+        each = [peak(name + colon + precision) for name in names.split("*")]
+        known = [found for found in each if found]
+        return min(known) if len(known) == len(each) else None
+
+    return slowest
 
 
 @dataclasses.dataclass(frozen=True)
