@@ -9,6 +9,10 @@ quick() {  # the text models' full configs train for longer; see their docstring
   "$python" scripts/train.py "configs/$1.py" --workdir "$runs/$1" "${@:2}"
 }
 
+# MFU is a share of the device's peak, which for a CPU no datasheet tells.
+echo "measuring this machine's peaks (half a minute, once)"
+"$python" scripts/benchmark.py peaks --if_missing 2> /dev/null
+echo
 quick mlp_cancer
 quick cnn_digits
 quick lstm_text --steps 250 --optimizer.learning_rate.decay_steps 250 --target.value 2.47

@@ -373,9 +373,9 @@ def test_odd_text():
     assert list(main.instructions) == ["a.1", "big", "add.1", "t"]
     assert main.root == "t"
     add = main.instructions["add.1"]
-    assert add.operands == ["a.1", "a.1"]
+    assert add.operands == ("a.1", "a.1")
     assert add.config == {"k": [1, 2]}
-    assert main.instructions["t"].operands == ["add.1", "big"]
+    assert main.instructions["t"].operands == ("add.1", "big")
     assert "{ 3, 4 }" in main.instructions["big"].operands[0]
     marked = module.computations["async"].instructions["r"]
     assert list(marked.attributes) == ["metadata"]

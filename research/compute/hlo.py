@@ -49,31 +49,34 @@ class Shape:
         return sum(-(-leaf.size * leaf.bits // 8) for leaf in self.leaves)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Instruction:
-    """One line of a computation."""
+    """One line of a computation. Programs have tens of thousands: no dictionary for each."""
 
     name: str
     shape: Shape
     opcode: str
-    operands: list[str]
+    operands: tuple[str, ...]
     """Names; for a constant and a parameter the text in the parentheses."""
     tail: str
     """What is printed after the operands."""
+    _attributes: dict[str, str] | None = None
 
-    @functools.cached_property
+    @property
     def attributes(self) -> dict[str, str]:
         """By key, as printed."""
-        pairs = (part.partition("=") for part in split(self.tail))
-        return {key: value for key, equals, value in pairs if equals}
+        if self._attributes is None:
+            pairs = (part.partition("=") for part in split(self.tail))
+            self._attributes = {key: value for key, equals, value in pairs if equals}
+        return self._attributes
 
-    @functools.cached_property
+    @property
     def path(self) -> str:
         """JAX's name stack and primitive, such as jit(f)/jvp(layers)/dot_general."""
         found = _PATH.search(self.tail)
         return found[1] if found else ""
 
-    @functools.cached_property
+    @property
     def config(self) -> dict[str, Any]:
         """backend_config where it is JSON, printed bare or as a string."""
         try:
@@ -188,9 +191,9 @@ def _instruction(line: str) -> tuple[Instruction, bool]:
     close = _end(line, opcode.end(), ")")
     inside = line[opcode.end() : close]
     if opcode[1] in ("constant", "parameter"):
-        operands = [inside.strip()]
+        operands: tuple[str, ...] = (inside.strip(),)
     else:
-        operands = [o.split()[-1].lstrip("%") for o in split(inside) if o]
+        operands = tuple([o.split()[-1].lstrip("%") for o in split(inside) if o])
     where = shape(line[match.end() : end])
     found = Instruction(match[2], where, opcode[1], operands, line[close + 1 :])
     return found, bool(match[1])

@@ -623,7 +623,7 @@ class _Walk:
         arguments = (p for p in entry.parameters.values() if not p.shape.space)
         read = sum(self.used(entry, p.name, returned=False) for p in arguments)
         root = entry.instructions[entry.root]
-        names = root.operands if root.opcode == "tuple" else [root.name]
+        names = root.operands if root.opcode == "tuple" else (root.name,)
         written = 0
         for i in map(entry.instructions.__getitem__, names):
             if i.opcode not in ("parameter", "get-tuple-element", "while", "call", "conditional"):

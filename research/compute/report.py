@@ -162,7 +162,7 @@ class Report:
             return [f"times {unknown}"]
         lines = []
         for rates, bounds in self.rooflines():
-            times = ", ".join(f"{name} {_time(s)}" for name, s in bounds.times.items())
+            times = ", ".join(f"{name} {_time(s)}" for name, s in bounds.times.items() if s)
             lines += [
                 f"on {rates.device} ({rates.source})",
                 f"  {times}; {bounds.binds} binds",
