@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from research import UserError
 from research.compute import Report
@@ -157,6 +157,8 @@ def roofline(report: Report, out: Path) -> Path:
             axis.plot([step], [total / report.seconds], "kx", markersize=9, label="as measured")
         axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte of main memory", ylabel="FLOP/s")
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter(EngFormatter(sep=""))
         _plain(axis)
         figure.legend(loc="outside right upper", frameon=False, fontsize="small", markerscale=0.6)
         out.parent.mkdir(parents=True, exist_ok=True)
