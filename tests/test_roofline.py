@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from research.compute import chips, program, roofline
+from research.compute import chips, peaks, program, roofline
 from research.compute.program import Collective, Product, Program
 
 CHIPS = chips.chips()
@@ -80,20 +80,40 @@ def test_utilization_by_hand():
 
 
 def test_mixed_precisions_each_have_their_peak():
-    peaks = CHIPS["h100-sxm"].peaks
+    published = CHIPS["h100-sxm"].peaks
     found = roofline.utilization({"bfloat16": 10**15, "float32": 10**14}, 10.0, 1, H100)
-    assert found.value == pytest.approx((1e15 / peaks["bfloat16"] + 1e14 / peaks["tf32"]) / 10)
+    ideal = 1e15 / published["bfloat16"] + 1e14 / published["tf32"]
+    assert found.value == pytest.approx(ideal / 10)
     highest = roofline.utilization({"float32:HIGHEST": 10**14}, 10.0, 1, H100)
-    assert highest.value == pytest.approx(1e14 / peaks["float32"] / 10)
+    assert highest.value == pytest.approx(1e14 / published["float32"] / 10)
     assert highest.value > roofline.utilization({"float32": 10**14}, 10.0, 1, H100).value
 
 
 def test_a_product_of_two_dtypes_runs_as_the_slower():
-    peaks = CHIPS["h100-sxm"].peaks
-    assert H100.peak("float32*bfloat16")[0] == peaks["tf32"]
-    assert H100.peak("bfloat16*float32:HIGHEST")[0] == peaks["float32"]
+    published = CHIPS["h100-sxm"].peaks
+    assert H100.peak("float32*bfloat16")[0] == published["tf32"]
+    assert H100.peak("bfloat16*float32:HIGHEST")[0] == published["float32"]
     assert H100.peak("bfloat16*nonsense") is H100.peak("nonsense") is None
     assert V5E.peak("float32*bfloat16")[0] == 197e12
+
+
+def test_bfloat16_that_is_asked_for_as_an_algorithm_is_bfloat16():
+    rates = {"float32": 1e9, "bfloat16": 2e9}
+    found = roofline.of_peaks(
+        peaks.Peaks(
+            device="x",
+            platform="cpu",
+            versions={},
+            date="2026-01-02",
+            matmul=rates,
+            bandwidth=((1, 1.0),),
+        )
+    )
+    for dtype in ("float32*bfloat16:BF16_BF16_F32", "bfloat16:bfloat16_bfloat16_float32_X1"):
+        assert found.peak(dtype)[0] == 2e9
+        assert H100.peak(dtype)[0] == CHIPS["h100-sxm"].peaks["bfloat16"]
+    assert found.peak("float32:BF16_BF16_F32_X3") is None  # three products, not measured
+    assert found.peak("float32*bfloat16")[0] == 1e9
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ the links.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -65,7 +66,10 @@ def measured(device: Any) -> Rates | None:
 
 def of_peaks(found: peaks.Peaks) -> Rates:
     def peak(dtype: str) -> tuple[float, str] | None:
-        return (found.matmul[dtype], dtype) if dtype in found.matmul else None
+        # Asked for as an algorithm, bfloat16 that adds up in float32 is what was measured.
+        asked = r".*:(BF16|BFLOAT16)_\1_F(LOAT)?32(_X1)?"
+        name = "bfloat16" if re.fullmatch(asked, dtype.upper()) else dtype
+        return (found.matmul[name], name) if name in found.matmul else None
 
     return Rates(found.device, f"measured, {found.date}", _slowest(peak), found.bandwidth_at, None)
 
