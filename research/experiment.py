@@ -314,6 +314,22 @@ def dumps(experiment: Experiment) -> str:
     return json.dumps(to_json(experiment), indent=2, allow_nan=False) + "\n"
 
 
+def completed(stored: Any, config: Any) -> Any:
+    """A stored tree with the fields that its classes have got since, at their defaults."""
+    tree = to_json(config)
+    if not (isinstance(stored, dict) and "class" in stored and isinstance(tree, dict)):
+        return stored
+    if stored["class"] != tree.get("class"):
+        return stored
+    found = dict(stored)
+    for field in dataclasses.fields(config):
+        if field.name in stored:
+            found[field.name] = completed(stored[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = to_json(field.default)
+    return found
+
+
 def changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """The leaves at which two `to_json` trees differ: dotted path -> (old, new)."""
     if isinstance(old, dict) and isinstance(new, dict):

@@ -70,7 +70,8 @@ def check(workdir: pathlib.Path, new: Experiment, fingerprint: str) -> list[str]
     saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
     if not saved:  # nothing has been trained yet that a change could spoil
         return []
-    before, after = read(workdir, "config.json"), experiments.to_json(new)
+    before = experiments.completed(read(workdir, "config.json"), new)
+    after = experiments.to_json(new)
     for path, (was, now) in experiments.refusals(before, after).items():
         field = experiments.plain(path)
         raise UserError(

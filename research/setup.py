@@ -15,6 +15,7 @@ from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.experiment import Experiment, did_you_mean
 from research.modules import merged
+from research.tasks import NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,6 +138,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
             "no state between batches (it has no initial_carry): set data.stream to False"
         )
+    if getattr(experiment.model, "bidirectional", False):
+        _check_direction(experiment, carries)
     setup = Setup(
         experiment=experiment,
         splits=data,
@@ -184,6 +187,20 @@ def _outputs(setup: Setup, batch: splits.Batch) -> jax.ShapeDtypeStruct:
         raise UserError(
             f"the model does not take the data's inputs, {given.dtype}{list(given.shape)}: {reason}"
         ) from error
+
+
+def _check_direction(experiment: Experiment, carries: bool) -> None:
+    """A model that reads from both ends knows what is to be predicted, and has nothing to carry."""
+    if carries:
+        raise UserError(
+            "data gives rows that continue from batch to batch, which a bidirectional model "
+            "cannot: set data.stream or model.bidirectional to False"
+        )
+    if isinstance(experiment.task, NextToken):
+        raise UserError(
+            "a bidirectional model reads the tokens that NextToken asks it to predict: "
+            "set model.bidirectional to False"
+        )
 
 
 def _check_vocabulary(experiment: Experiment, arrays: Mapping[str, np.ndarray]) -> None:

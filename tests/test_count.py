@@ -1704,12 +1704,16 @@ def cnn_digits(e):
     return forward + first + second, backward + first + 2 * second
 
 
-def lstm_text(e):
+def lstm_text(e, gates=4):
     """Gates of inputs and of the hidden state, at each step of two layers, and the outputs."""
     m, t = e.model, e.data.length
-    gates = [(m.features, 4 * m.width), (m.width, 4 * m.width)]
-    gates += [(m.width, 4 * m.width)] * 2
-    return dense_step(e.batch_size * t, *gates, (m.width, m.vocab), inputs=True)
+    products = [(m.features, gates * m.width), (m.width, gates * m.width)]
+    products += [(m.width, gates * m.width)] * 2
+    return dense_step(e.batch_size * t, *products, (m.width, m.vocab), inputs=True)
+
+
+def gru_text(e):
+    return lstm_text(e, gates=3)
 
 
 def transformer_text(e):
@@ -1722,7 +1726,7 @@ def transformer_text(e):
 
 
 @pytest.mark.parametrize(
-    "closed", [mlp_cancer, lenet_digits, cnn_digits, lstm_text, transformer_text]
+    "closed", [mlp_cancer, lenet_digits, cnn_digits, lstm_text, gru_text, transformer_text]
 )
 def test_steps_of_the_configs(closed):
     e = command.load(f"configs/{closed.__name__}.py")

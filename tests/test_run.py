@@ -78,6 +78,24 @@ def test_what_may_change_is_told(finished):
     ]
 
 
+def test_a_run_older_than_a_field_goes_on_where_the_field_has_its_default(finished):
+    setup, workdir, _ = finished
+    text = (workdir / "config.json").read_text()
+    stored = json.loads(text)
+    del stored["model"]["dropout"], stored["ema"]
+    try:
+        (workdir / "config.json").write_text(json.dumps(stored))
+        model = dataclasses.replace(setup.experiment.model, dropout=0.0)
+        older = dataclasses.replace(setup.experiment, model=model)
+        assert run.check(workdir, older, setup.fingerprint) == []
+        with pytest.raises(UserError, match=r"model.dropout = 0.0, and this asks for 0.3: "):
+            run.check(workdir, setup.experiment, setup.fingerprint)
+        with pytest.raises(UserError, match=r"ema = null, and this asks for 0.9: "):
+            run.check(workdir, dataclasses.replace(older, ema=0.9), setup.fingerprint)
+    finally:
+        (workdir / "config.json").write_text(text)
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="not a run directory"):
