@@ -128,6 +128,8 @@ class Experiment:
     """Examples an update, over all devices; None: the whole training split."""
     seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     """Decides the initial parameters, the order of the data and dropout."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What layers compute in. Parameters, norms, softmax and the loss are float32 in both."""
     parallel: Parallel = Parallel()
     ema: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """Decay of a moving average of the parameters, evaluated beside them; None: no average."""

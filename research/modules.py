@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Path = tuple[str, ...]
@@ -15,6 +16,23 @@ def variables(model: nnx.Module) -> tuple[Any, Any]:
     """A module's parameters and its other variables, as plain dictionaries of arrays."""
     states: Any = nnx.split(model, nnx.Param, ...)[1:]
     return nnx.to_pure_dict(states[0]), nnx.to_pure_dict(states[1])
+
+
+_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
+
+def compute_in(model: nnx.Module, dtype: Any) -> None:
+    """Has a model's layers compute in dtype, but for norms, which stay float32, and for layers that
+    its author gave another dtype; parameters stay as they are.
+
+    A layer is a module of Flax's with a `dtype`: it converts its inputs and parameters when called.
+    """
+    for _, module in nnx.iter_modules(model):
+        # Embeddings take their parameters' dtype where they are given none.
+        free = (None, jnp.float32) if isinstance(module, nnx.Embed) else (None,)
+        if getattr(module, "dtype", dtype) in free:
+            layer: Any = module
+            layer.dtype = jnp.float32 if isinstance(module, _NORMS) else dtype
 
 
 @contextlib.contextmanager

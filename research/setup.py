@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.experiment import Experiment, did_you_mean
-from research.modules import merged
+from research.modules import compute_in, merged
 from research.tasks import NextToken
 
 
@@ -132,6 +133,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     mesh = experiment.parallel.mesh(batch_size, devices)
     batch = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
+    if experiment.precision != "float32":
+        compute_in(model, jnp.dtype(experiment.precision))
     carries = "reset" in batch
     if carries and not hasattr(model, "initial_carry"):
         raise UserError(

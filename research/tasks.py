@@ -44,7 +44,9 @@ class Task:
         rngs: the streams that dropout draws from; None in evaluation.
         """
         outputs, carry = self.outputs(model, batch, rngs, carry)
-        metrics = self.score(outputs, batch)
+        # The loss adds up many small numbers, whatever the model computes in.
+        wide = jnp.promote_types(outputs.dtype, jnp.float32)
+        metrics = self.score(outputs.astype(wide), batch)
         loss = metrics["loss"]
         return loss.total / jnp.maximum(loss.weight, 1e-9), (metrics, carry)
 
