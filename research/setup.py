@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
+from research.evaluate import Report
 from research.experiment import Experiment, did_you_mean
 from research.modules import merged
 
@@ -101,6 +102,10 @@ class Setup:
 
         Raises UserError for a split that the data does not have.
         """
+        return {row: metrics for row, (metrics, _) in self.report(state, split).items()}
+
+    def report(self, state: train.State, split: str) -> dict[str, Report]:
+        """The same, with the tables that are no metrics."""
         rows = {split: state.params} | ({} if state.ema is None else {f"{split}_ema": state.ema})
         examples = find(self.splits, split)
         return {
@@ -155,12 +160,16 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     try:
-        score = jax.eval_shape(experiment.task.score, outputs, batch)
+        score, kept = jax.eval_shape(
+            lambda *given: (experiment.task.score(*given), experiment.task.gather(*given)),
+            outputs,
+            batch,
+        )
     except (TypeError, ValueError, NotImplementedError) as error:
         task, shape = type(experiment.task).__name__, list(outputs.shape)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{task} cannot judge outputs of {shape}: {reason}") from error
-    metrics = list(experiment.task.summary(dict.fromkeys(score, 1.0)))
+    metrics = evaluate.names(experiment.task, score, kept)
     for field, wanted in experiment.watched.items():
         if wanted not in metrics:
             raise UserError(f"{field}: no metric {wanted!r}{did_you_mean(wanted, metrics)}")
