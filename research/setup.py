@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.evaluate import Report
-from research.experiment import Experiment, did_you_mean
+from research.experiment import AVERAGED, Experiment, did_you_mean, value
 from research.modules import merged
 
 
@@ -86,11 +86,14 @@ class Setup:
     def _first_batch(self) -> dict[str, np.ndarray]:
         return self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
 
-    def judge(self, state: train.State, metrics: Mapping[str, float]) -> train.State:
-        """The state after early stopping has seen an evaluation."""
+    def judge(self, state: train.State, rows: Mapping[str, Mapping[str, float]]) -> train.State:
+        """The state after early stopping has seen an evaluation of `eval_split`."""
         if state.stop is None:
             return state
-        stop = self.experiment.early_stop.after(jax.device_get(state.stop), metrics)
+        e, rule = self.experiment, self.experiment.early_stop
+        row = e.eval_split + (AVERAGED if rule.ema else "")
+        found = value(rows, row, rule.metric, "early_stop.metric")
+        stop = rule.after(jax.device_get(state.stop), found, int(state.step))
         return dataclasses.replace(state, stop=jax.device_put(stop, self.shardings.stop))
 
     @functools.cached_property
@@ -106,7 +109,7 @@ class Setup:
 
     def report(self, state: train.State, split: str) -> dict[str, Report]:
         """The same, with the tables that are no metrics."""
-        rows = {split: state.params} | ({} if state.ema is None else {f"{split}_ema": state.ema})
+        rows = {split: state.params} | ({} if state.ema is None else {split + AVERAGED: state.ema})
         examples = find(self.splits, split)
         return {
             row: self._evaluator(params, state.model_state, state.carry, examples, self.batch_size)
