@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -14,11 +14,24 @@ import orbax.checkpoint as ocp
 from research import UserError
 
 
+@dataclasses.dataclass
+class _Kept:
+    """Orbax's policy: the newest checkpoints, and the best one. It asks as it saves."""
+
+    newest: int | None
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        old = 0 if self.newest is None else len(checkpoints) - self.newest
+        return [i >= old or info.step == self.best for i, info in enumerate(checkpoints)]
+
+
 class Checkpoints:
     """The checkpoints of a run, numbered by step. A context manager: leaving it waits for saves."""
 
     def __init__(self, path: pathlib.Path, keep: int | None) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._kept = _Kept(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, create=True)
         self._manager = ocp.CheckpointManager(path.resolve(), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -34,11 +47,13 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, seconds: float) -> None:
+    def save(self, step: int, state: Any, seconds: float, best: int | None = None) -> None:
         """Copies the arrays to the host, and returns while they are written.
 
-        state: a dataclass of pytrees; seconds: what the run has spent in steps.
+        state: a dataclass of pytrees; seconds: what the run has spent in steps; best: a step whose
+        checkpoint stays although it is not among the newest.
         """
+        self._kept.best = best
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_fields(state)),
             progress=ocp.args.JsonSave({"seconds": seconds}),

@@ -1,16 +1,25 @@
 """Metrics over a split, summed exactly."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from research import parallel
 from research.data import splits
 from research.modules import merged
+
+
+class Report(NamedTuple):
+    """What an evaluation of a split found."""
+
+    metrics: dict[str, float]
+    tables: dict[str, list[Any]]
+    """What is no number, such as a confusion matrix."""
 
 
 class Evaluator:
@@ -22,25 +31,38 @@ class Evaluator:
         @jax.jit
         def step(params: Any, model_state: Any, carry: Any, batch: Any) -> Any:
             with merged(graph, params, model_state, training=False) as model:
-                return task(model, batch, None, carry)[1]
+                outputs, carry = task.outputs(model, batch, None, carry)
+            kept = task.gather(outputs, batch)
+            # Whole on every device, so that any process can read all rows.
+            kept = jax.lax.with_sharding_constraint(kept, parallel.replicated(mesh))
+            return task.score(outputs, batch), kept, carry
 
         self.step = step
 
     def __call__(
         self, params: Any, model_state: Any, carry: Any, split: splits.Split, batch_size: int
-    ) -> dict[str, float]:
-        """The task's summary over every example of a split, each counted once.
+    ) -> Report:
+        """The task's summary and tables over every example of a split, each counted once.
 
+        A metric that the split leaves undefined, as AUC is of one class, is left out.
         carry: any carry of the batch's size; the first batch resets it.
         """
         results = []
         for batch in splits.prefetched(split.evaluation(batch_size), split.threads):
-            metrics, carry = self.step(params, model_state, carry, parallel.put(batch, self.mesh))
-            results.append(metrics)
-        return self.task.summary(mean(jax.device_get(results)))
+            placed = parallel.put(batch, self.mesh)
+            *found, carry = self.step(params, model_state, carry, placed)
+            results.append(found)
+        scores, kept = zip(*jax.device_get(results), strict=True)
+        means = self.task.summary(mean(scores))
+        if not kept[0]:
+            return Report(means, {})
+        arrays = {name: np.concatenate([batch[name] for batch in kept]) for name in kept[0]}
+        further = self.task.gathered(arrays)
+        defined = {name: value for name, value in further.items() if not math.isnan(value)}
+        return Report(means | defined, self.task.tables(arrays))
 
 
-def mean(results: list[Mapping[str, Any]]) -> dict[str, float]:
+def mean(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over batches, from each batch's (total, weight) pairs, added in double precision.
 
     The loss comes first: jit has sorted the names.
@@ -51,3 +73,10 @@ def mean(results: list[Mapping[str, Any]]) -> dict[str, float]:
 
     names = sorted(results[0], key=lambda name: name != "loss")
     return {name: add(name, 0) / add(name, 1) for name in names}
+
+
+def names(task: Any, score: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
+    """The metrics that an evaluation gives, from the shapes of `score` and `gather`."""
+    further = {k: np.zeros(v.shape, v.dtype) for k, v in kept.items()}
+    found = task.summary(dict.fromkeys(score, 1.0))
+    return [*found, *(task.gathered(further) if further else {})]

@@ -36,6 +36,10 @@ RUNNING = (
 """Fields that leave the mathematics of a step alone, so that a continued run may change them."""
 
 
+AVERAGED = "_ema"
+"""What the name of a split ends in where the moving average of the parameters is meant."""
+
+
 @runtime_checkable
 class Model(Protocol):
     """A frozen dataclass that makes a Flax NNX module."""
@@ -57,6 +61,12 @@ class Task(Protocol):
 
     def summary(self, means: dict[str, float]) -> dict[str, float]: ...
 
+    def gather(self, outputs: Any, batch: Any) -> dict[str, Any]: ...
+
+    def gathered(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]: ...
+
+    def tables(self, arrays: Mapping[str, np.ndarray]) -> dict[str, list[Any]]: ...
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -73,6 +83,7 @@ class Target:
     """A metric of the task, such as accuracy."""
     value: float
     split: str
+    """A split of the data, such as test; test_ema: of the moving average of the parameters."""
     goal: Literal["max", "min"] = "max"
     """max: at least `value`; min: at most."""
 
@@ -92,22 +103,32 @@ class EarlyStop:
     """Evaluations without improvement that are borne; None: never stop early."""
     metric: str = "loss"
     goal: Literal["max", "min"] = "min"
+    ema: bool = False
+    """Watch the metric of the moving average of the parameters."""
+    keep_best: bool = False
+    """Keep the checkpoint of the best evaluation too, and judge the finished run by it."""
+
+    @property
+    def watches(self) -> bool:
+        return self.patience is not None or self.keep_best
 
     def start(self) -> dict[str, Any]:
         """What early stopping remembers, as arrays: the best value, turned so that less is better,
-        and the evaluations since."""
-        return {"best": jnp.float32(jnp.inf), "stale": jnp.int32(0)}
+        its step, and the evaluations since."""
+        return {"best": jnp.float32(jnp.inf), "step": jnp.int32(0), "stale": jnp.int32(0)}
 
-    def after(self, seen: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-        value = np.float32(metrics[self.metric] * (1 if self.goal == "min" else -1))
-        better = value < seen["best"]
-        return {
-            "best": value if better else seen["best"],
-            "stale": np.int32(0) if better else np.int32(seen["stale"] + 1),
-        }
+    def after(self, seen: Mapping[str, Any], value: float, step: int) -> dict[str, Any]:
+        turned = np.float32(value * (1 if self.goal == "min" else -1))
+        if turned < seen["best"]:
+            return {"best": turned, "step": np.int32(step), "stale": np.int32(0)}
+        return {**seen, "stale": np.int32(seen["stale"] + 1)}
 
     def over(self, seen: Mapping[str, Any] | None) -> bool:
         return seen is not None and self.patience is not None and seen["stale"] >= self.patience
+
+    def best(self, seen: Mapping[str, Any] | None) -> int | None:
+        """The step whose checkpoint is to be kept; None: none was asked for, or evaluated."""
+        return int(seen["step"]) or None if seen is not None and self.keep_best else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,17 +173,37 @@ class Experiment:
         check(self)
         if self.early_stop.patience is not None and self.eval_every is None:
             raise UserError("early_stop.patience needs eval_every: it counts evaluations")
+        if self.early_stop.keep_best and self.eval_every is None:
+            raise UserError("early_stop.keep_best needs eval_every: it compares evaluations")
+        if self.ema is None:
+            if self.early_stop.ema:
+                raise UserError("early_stop.ema needs ema: no moving average is kept")
+            if self.target is not None and self.target.split.endswith(AVERAGED):
+                raise UserError(
+                    f"target.split = {self.target.split!r} needs ema: no moving average is kept"
+                )
 
     @property
     def final_splits(self) -> list[str]:
         """The splits that the finished run is evaluated on."""
-        return list(dict.fromkeys([self.eval_split, *([self.target.split] if self.target else [])]))
+        asked = [self.target.split.removesuffix(AVERAGED)] if self.target else []
+        return list(dict.fromkeys([self.eval_split, *asked]))
 
     @property
     def watched(self) -> dict[str, str]:
         """Metrics that a field names: dotted path of the field -> metric."""
         named = {} if self.target is None else {"target.metric": self.target.metric}
         return named | {"early_stop.metric": self.early_stop.metric}
+
+
+def value(rows: Mapping[str, Mapping[str, float]], row: str, metric: str, field: str) -> float:
+    """The metric that a field names, of a split that was evaluated.
+
+    Raises UserError where the split leaves it undefined.
+    """
+    if metric not in rows[row]:
+        raise UserError(f"{field}: {metric} is undefined on {row}")
+    return rows[row][metric]
 
 
 def check(config: Any, path: str = "") -> None:
@@ -345,6 +386,6 @@ def changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
 def refusals(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Those `changes` that would make a continued run something else than one run."""
     free = set(RUNNING)
-    if new["early_stop"]["patience"] is not None:
+    if new["early_stop"]["patience"] is not None or new["early_stop"]["keep_best"]:
         free.discard("eval_every")
     return {k: v for k, v in changes(old, new).items() if k.split(".")[0] not in free}

@@ -31,7 +31,7 @@ class Summary:
     early: bool
     """Whether early stopping ended it."""
     metrics: dict[str, dict[str, float]]
-    """By split: the metrics of the parameters after the last step."""
+    """By split: the metrics of the parameters after the last step, or after `best`."""
     seconds: float
     """In steps, over all sessions of the run."""
     steps_per_second: float
@@ -47,6 +47,8 @@ class Summary:
     reason in log.txt."""
     mfu_of: str | None = None
     """The peak's source: the datasheet, or measured, and its date."""
+    best: int | None = None
+    """The step of the best evaluation, which the metrics are of; None: they are of the last."""
     target: str | None = None
     reached: float | None = None
     """The target metric's value."""
@@ -207,7 +209,7 @@ def judge(found: Summary, target: Target | None) -> Summary:
     """The summary, judged against a target on metrics it already holds."""
     if target is None:
         return dataclasses.replace(found, target=None, reached=None, met=None)
-    value = found.metrics[target.split][target.metric]
+    value = experiments.value(found.metrics, target.split, target.metric, "target.metric")
     return dataclasses.replace(found, target=str(target), reached=value, met=target.met(value))
 
 
@@ -236,6 +238,22 @@ def table(summaries: Sequence[Summary]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def matrix(name: str, rows: Sequence[Sequence[int]]) -> str:
+    """Counts by target (down) and prediction (across), as text."""
+    cells = [["", *map(str, range(len(rows)))]]
+    cells += [[str(i), *map(str, row)] for i, row in enumerate(rows)]
+    width = max(len(cell) for row in cells for cell in row)
+    lines = ["  ".join(cell.rjust(width) for cell in row) for row in cells]
+    return "\n".join([f"{name.replace('_', ' ')}: target down, prediction across", *lines])
+
+
+def best(workdir: pathlib.Path, step: int | None) -> int:
+    """The step of a run's best checkpoint. Raises UserError where it kept none."""
+    if step is None:
+        raise UserError(f"{workdir} kept no best checkpoint: see early_stop.keep_best")
+    return step
 
 
 def _row(s: Summary) -> tuple[str, ...]:

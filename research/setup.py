@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
-from research.experiment import Experiment, did_you_mean
+from research.evaluate import Report
+from research.experiment import AVERAGED, Experiment, did_you_mean, value
 from research.modules import compute_in, merged
 from research.tasks import NextToken
 
@@ -87,11 +88,14 @@ class Setup:
     def _first_batch(self) -> dict[str, np.ndarray]:
         return self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
 
-    def judge(self, state: train.State, metrics: Mapping[str, float]) -> train.State:
-        """The state after early stopping has seen an evaluation."""
+    def judge(self, state: train.State, rows: Mapping[str, Mapping[str, float]]) -> train.State:
+        """The state after early stopping has seen an evaluation of `eval_split`."""
         if state.stop is None:
             return state
-        stop = self.experiment.early_stop.after(jax.device_get(state.stop), metrics)
+        e, rule = self.experiment, self.experiment.early_stop
+        row = e.eval_split + (AVERAGED if rule.ema else "")
+        found = value(rows, row, rule.metric, "early_stop.metric")
+        stop = rule.after(jax.device_get(state.stop), found, int(state.step))
         return dataclasses.replace(state, stop=jax.device_put(stop, self.shardings.stop))
 
     @functools.cached_property
@@ -103,7 +107,11 @@ class Setup:
 
         Raises UserError for a split that the data does not have.
         """
-        rows = {split: state.params} | ({} if state.ema is None else {f"{split}_ema": state.ema})
+        return {row: metrics for row, (metrics, _) in self.report(state, split).items()}
+
+    def report(self, state: train.State, split: str) -> dict[str, Report]:
+        """The same, with the tables that are no metrics."""
+        rows = {split: state.params} | ({} if state.ema is None else {split + AVERAGED: state.ema})
         examples = find(self.splits, split)
         return {
             row: self._evaluator(params, state.model_state, state.carry, examples, self.batch_size)
@@ -161,12 +169,16 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     try:
-        score = jax.eval_shape(experiment.task.score, outputs, batch)
+        score, kept = jax.eval_shape(
+            lambda *given: (experiment.task.score(*given), experiment.task.gather(*given)),
+            outputs,
+            batch,
+        )
     except (TypeError, ValueError, NotImplementedError) as error:
         task, shape = type(experiment.task).__name__, list(outputs.shape)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{task} cannot judge outputs of {shape}: {reason}") from error
-    metrics = list(experiment.task.summary(dict.fromkeys(score, 1.0)))
+    metrics = evaluate.names(experiment.task, score, kept)
     for field, wanted in experiment.watched.items():
         if wanted not in metrics:
             raise UserError(f"{field}: no metric {wanted!r}{did_you_mean(wanted, metrics)}")

@@ -37,7 +37,7 @@ class State:
     ema: Any
     """The moving average of the parameters."""
     stop: Any
-    """Early stopping: the best value so far, and the evaluations since."""
+    """Early stopping: the best value so far, its step, and the evaluations since."""
 
 
 def init(setup: "Setup", root: jax.Array) -> State:
@@ -52,7 +52,7 @@ def init(setup: "Setup", root: jax.Array) -> State:
         opt_state=setup.optimizer.init(params),
         carry=model.initial_carry(setup.batch_size) if setup.carries else None,
         ema=None if e.ema is None else jax.tree.map(jnp.copy, params),
-        stop=None if e.early_stop.patience is None else e.early_stop.start(),
+        stop=e.early_stop.start() if e.early_stop.watches else None,
     )
 
 
@@ -143,9 +143,16 @@ def train(
                 log.write(step, name, values, before + clock.seconds)
             return found
 
+        def finals(step: int, state: State, names: list[str]) -> dict[str, dict[str, float]]:
+            found = run.evaluated(workdir, step)
+            for split in names:
+                if split not in found:
+                    found |= evaluate(step, state, split)
+            return found
+
         def save(step: int, state: State) -> None:
             with clock.aside("save"):
-                saved.save(step, state, before + clock.seconds)
+                saved.save(step, state, before + clock.seconds, e.early_stop.best(state.stop))
 
         step, pending = start, None
         over = e.early_stop.over(state.stop)
@@ -167,8 +174,9 @@ def train(
             report(*pending)
             pending = None
             if to_evaluate:
-                state = setup.judge(state, evaluate(step, state, e.eval_split)[e.eval_split])
+                state = setup.judge(state, evaluate(step, state, e.eval_split))
                 over = e.early_stop.over(state.stop)
+                to_save |= e.early_stop.best(state.stop) == step
             if to_save or asked.signal:
                 save(step, state)
             if asked.signal:
@@ -180,22 +188,26 @@ def train(
                 break
         if pending is not None:
             report(*pending)
-        final = run.evaluated(workdir, step)
-        for split in e.final_splits:
-            if split not in final:
-                final |= evaluate(step, state, split)
+        best = e.early_stop.best(state.stop)
+        final = finals(step, state, e.final_splits if best in (None, step) else [e.eval_split])
         if step > start:
             ledger = ledger.after(clock.seconds / (step - start))
             run.write_json(workdir, "compute.json", ledger.json())
             for line in ledger.reached():
                 log.message(line)
         save(step, state)  # last, so that a state whose metrics are not finite is not kept
+        if best not in (None, step):
+            saved.wait()
+            state, _ = saved.restore(best, setup.abstract, setup.shardings)
+            final = finals(best, state, e.final_splits)
+            log.message(f"the best evaluation was at step {best}: the run is judged by it")
     summary = run.Summary(
         name=workdir.name,
         parameters=setup.parameters,
         data=type(e.data).__name__,
         step=step,
         early=bool(over),
+        best=best,
         metrics=final,
         seconds=before + clock.seconds,
         steps_per_second=step / (before + clock.seconds),

@@ -18,8 +18,13 @@ class Options:
     split: str = "test"
     step: int | None = None
     """The checkpoint's step; None: the newest."""
+    best: bool = False
+    """The best checkpoint, of a run that kept it, in place of the newest."""
+    confusion: bool = False
+    """Print the confusion matrix of more than 20 classes too."""
     json: Path | None = None
-    """Also write {"step", "split", "metrics"} to this file."""
+    """Also write {"step", "split", "metrics", "tables"} to this file, and under "ema" what the
+    moving average of the parameters reaches."""
     allow: tuple[str, ...] = ()
     """Further packages whose classes the run's config.json may name."""
 
@@ -33,12 +38,20 @@ def main() -> None:
         setup.find(ready.splits, options.split)
         saved = options.run / "checkpoints"
         step, state = checkpoint.read(saved, options.step, ready.abstract, ready.shardings)
-        rows = ready.evaluate(state, options.split)
-    for row, metrics in rows.items():
-        found = {"step": step, "split": row, "metrics": metrics}
-        print(json.dumps(found, allow_nan=False))
+        if options.best:
+            step = run.best(options.run, ready.experiment.early_stop.best(state.stop))
+            _, state = checkpoint.read(saved, step, ready.abstract, ready.shardings)
+        rows = ready.report(state, options.split)
+    for row, (metrics, tables) in rows.items():
+        print(json.dumps({"step": step, "split": row, "metrics": metrics}, allow_nan=False))
+        for name, table in tables.items():
+            if len(table) <= 20 or options.confusion:
+                print(run.matrix(name, table))
     if options.json:
-        found = {"step": step, "split": options.split, "metrics": rows[options.split]}
+        first, *averaged = (found._asdict() for found in rows.values())
+        found = {"step": step, "split": options.split, **first}
+        if averaged:
+            found["ema"] = averaged[0]
         options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
 
 

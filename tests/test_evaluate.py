@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sklearn import metrics
 
 from research import evaluate, parallel, tasks
 from research.data.splits import Examples, Streams, Windows
@@ -73,12 +74,13 @@ def test_evaluation_is_numpy_over_all_rows(devices, rows, batch_size):
         (params, model_state), parallel.place((params, model_state), mesh)
     )
     evaluator = evaluate.Evaluator(graph, tasks.Classify(), mesh)
-    found = evaluator(params, model_state, None, Examples({"inputs": x, "targets": y}), batch_size)
+    split = Examples({"inputs": x, "targets": y})
+    found = evaluator(params, model_state, None, split, batch_size).metrics
 
     normal = (x - np.arange(4)) / np.sqrt(np.arange(1, 5) + model.norm.epsilon)
     logits = normal @ np.float64(model.linear.kernel) + np.float64(model.linear.bias)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(rows), y]
-    assert list(found) == ["loss", "accuracy"]
+    assert list(found) == ["loss", "accuracy", "ece"]
     assert found["loss"] == pytest.approx(losses.mean(), rel=1e-6)
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == y).mean(), abs=1e-12)
     assert evaluator.step._cache_size() == 1
@@ -108,7 +110,7 @@ def test_a_carry_goes_from_batch_to_batch(devices, tokens):
     carry = jax.device_put(np.full((8, 1), 1e6, np.float32), parallel.batched(mesh))
     evaluator = evaluate.Evaluator(graph, tasks.Regress(), mesh)
     for _ in range(2):
-        found = evaluator(params, model_state, carry, Streams(text, 3), 8)
+        found = evaluator(params, model_state, carry, Streams(text, 3), 8).metrics
         row = -(-(tokens - 1) // 8)
         inputs = [text[:-1][i : i + row] for i in range(0, tokens - 1, row)]
         sums = np.concatenate([np.cumsum(part) for part in inputs])
@@ -120,6 +122,92 @@ def test_windows_are_weighted_by_their_tokens():
     mesh = parallel.Parallel().mesh(8)
     graph, params, model_state = parts(Sum())
     evaluator = evaluate.Evaluator(graph, tasks.Regress(), mesh)
-    found = evaluator(params, model_state, None, Windows(text, 4), 8)
+    found = evaluator(params, model_state, None, Windows(text, 4), 8).metrics
     sums = np.concatenate([np.cumsum(text[i : min(i + 4, 29)]) for i in range(0, 29, 4)])
     assert found["loss"] == pytest.approx(((sums - text[1:]) ** 2).mean(), rel=1e-6)
+
+
+class Given(nnx.Module):
+    """Gives what it is given."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, inputs, rngs=None):
+        return inputs * self.scale
+
+
+def report(task, outputs, targets, batch_size, devices):
+    mesh = parallel.Parallel(fsdp=devices).mesh(batch_size, jax.devices()[:devices])
+    graph, params, model_state = parts(Given())
+    params = jax.device_put(params, parallel.replicated(mesh))
+    split = Examples({"inputs": outputs.astype(np.float32), "targets": targets})
+    return evaluate.Evaluator(graph, task, mesh)(params, model_state, None, split, batch_size)
+
+
+LABELS = np.arange(45) % 6
+LOGITS = np.round(np.random.default_rng(0).normal(size=(45, 6)) + np.eye(6)[LABELS], 1)
+BATCHES = pytest.mark.parametrize(("batch_size", "devices"), [(45, 1), (7, 1), (8, 8), (64, 8)])
+
+
+@BATCHES
+def test_metrics_of_many_classes_are_scikit_learns(batch_size, devices):
+    task = tasks.Classify(top=5)
+    found, tables = report(task, LOGITS, LABELS, batch_size, devices)
+    p = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
+    rank = (LOGITS[np.arange(45), LABELS][:, None] < LOGITS).sum(1)
+    assert list(found) == ["loss", "accuracy", "top_5", "ece"]
+    assert found["loss"] == pytest.approx(metrics.log_loss(LABELS, p), rel=1e-6)
+    assert abs(found["top_5"] - (rank < 5).mean()) <= 1 / 45  # a tie at the fifth place
+    assert tables["confusion_matrix"] == metrics.confusion_matrix(LABELS, LOGITS.argmax(1)).tolist()
+    whole = report(task, LOGITS, LABELS, 45, 1).metrics
+    assert found == pytest.approx(whole, rel=1e-6)
+
+
+@BATCHES
+def test_metrics_of_two_classes_are_scikit_learns(batch_size, devices):
+    logits, labels = LOGITS[:, :1], LABELS % 2
+    found, tables = report(tasks.BinaryClassify(), logits, labels, batch_size, devices)
+    p = 1 / (1 + np.exp(-logits[:, 0]))
+    assert list(found) == ["loss", "accuracy", "auc", "ece"]
+    assert found["loss"] == pytest.approx(metrics.log_loss(labels, p), rel=1e-6)
+    assert found["auc"] == pytest.approx(metrics.roc_auc_score(labels, logits[:, 0]), abs=1e-12)
+    assert tables == {"confusion_matrix": metrics.confusion_matrix(labels, p > 0.5).tolist()}
+    sure = np.maximum(p, 1 - p)
+    bins = np.ceil(sure * 15)
+    gaps = [abs((((p > 0.5) == labels) - sure)[bins == b].sum()) for b in range(1, 16)]
+    assert found["ece"] == pytest.approx(sum(gaps) / 45, rel=1e-5)
+
+
+@BATCHES
+@pytest.mark.parametrize("shape", [(45,), (15, 3)])
+def test_metrics_of_regression_are_scikit_learns(shape, batch_size, devices):
+    outputs, targets = LOGITS[:, 0].reshape(shape), np.float32(2000 + LOGITS[:, 1]).reshape(shape)
+    outputs = np.float32(outputs + 2000.3)
+    found, tables = report(tasks.Regress(huber=1.0), outputs, targets, batch_size, devices)
+    assert list(found) == ["loss", "mae", "mse", "r2"]
+    targets = np.float64(targets)
+    assert found["mae"] == pytest.approx(metrics.mean_absolute_error(targets, outputs), rel=1e-6)
+    assert found["mse"] == pytest.approx(metrics.mean_squared_error(targets, outputs), rel=1e-6)
+    assert found["r2"] == pytest.approx(metrics.r2_score(targets, outputs), rel=1e-5)
+    assert tables == {}
+
+
+def test_a_metric_that_a_split_leaves_undefined_is_left_out():
+    found, _ = report(tasks.BinaryClassify(), LOGITS[:, :1], np.zeros(45, int), 8, 1)
+    assert list(found) == ["loss", "accuracy", "ece"]
+
+
+def test_names_are_those_of_an_evaluation():
+    cases = [
+        (tasks.Classify(top=5), LOGITS, LABELS),
+        (tasks.BinaryClassify(), LOGITS[:, :1], LABELS % 2),
+        (tasks.Regress(), LOGITS, LOGITS.astype(np.float32)),
+    ]
+    for task, outputs, targets in cases:
+        batch = {"targets": targets, "weights": np.ones(45, np.float32)}
+        score, kept = jax.eval_shape(
+            lambda o, b, task=task: (task.score(o, b), task.gather(o, b)), outputs, batch
+        )
+        names = evaluate.names(task, score, kept)
+        assert set(names) == set(report(task, outputs, targets, 8, 1).metrics)

@@ -56,6 +56,18 @@ def test_json_holds_every_field_of_the_tree():
             "early_stop.patience needs eval_every: it counts evaluations",
         ),
         (
+            lambda: changed(early_stop=EarlyStop(keep_best=True)),
+            "early_stop.keep_best needs eval_every: it compares evaluations",
+        ),
+        (
+            lambda: changed(early_stop=EarlyStop(ema=True)),
+            "early_stop.ema needs ema: no moving average is kept",
+        ),
+        (
+            lambda: changed(target=Target(metric="accuracy", value=0.9, split="test_ema")),
+            "target.split = 'test_ema' needs ema: no moving average is kept",
+        ),
+        (
             lambda: changed(target=Target(metric="accuracy", value="high", split="test")),
             "target.value must be float, not 'high'",
         ),
@@ -151,9 +163,12 @@ def test_early_stop_counts_evaluations_without_improvement(goal, values):
     rule = EarlyStop(patience=2, metric="m", goal=goal)
     seen, over = rule.start(), []
     for value in values:
-        seen = rule.after(seen, {"m": value})
+        seen = rule.after(seen, value, len(over) + 1)
         over.append(bool(rule.over(seen)))
     assert over == [False, False, False, True]
+    assert rule.best(seen) is None
+    assert dataclasses.replace(rule, keep_best=True).best(seen) == 2
+    assert dataclasses.replace(rule, keep_best=True).best(rule.start()) is None
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_one_row_a_logged_step_or_evaluation(finished):
     assert set(rows[0]) == {
         *("step", "split", "loss", "accuracy", "grad_norm", "learning_rate", "seconds")
     }
-    assert summary.metrics["validation"] == {k: rows[3][k] for k in ("loss", "accuracy")}
+    assert summary.metrics["validation"] == {k: rows[3][k] for k in ("loss", "accuracy", "ece")}
     seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds)
     assert seconds[-1] == summary.seconds

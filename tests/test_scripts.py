@@ -64,7 +64,26 @@ def test_evaluate(trained, tmp_path):
     ok("evaluate", workdir, "--split", "test", "--json", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     summary = json.loads((workdir / "summary.json").read_text())
+    tables = found.pop("tables")
     assert found == {"step": 60, "split": "test", "metrics": summary["metrics"]["test"]}
+    counts = tables["confusion_matrix"]
+    right = (counts[0][0] + counts[1][1]) / sum(map(sum, counts))
+    assert right == pytest.approx(found["metrics"]["accuracy"])
+
+
+def test_evaluate_gives_the_moving_average_and_the_best(tmp_path):
+    stop = ["--early_stop.keep_best", "True", "--early_stop.metric", "auc"]
+    rates = ["--eval_every", "20", "--early_stop.goal", "max", "--ema", "0.9"]
+    workdir = tmp_path / "run"
+    ok("train", *MLP, *stop, *rates, "--target.split", "test_ema", "--workdir", workdir)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["reached"] == summary["metrics"]["test_ema"]["accuracy"]
+    out = ok("evaluate", workdir, "--best", "--json", tmp_path / "out.json")
+    assert out.count("confusion matrix: target down, prediction across") == 2
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["step"] == summary["best"]
+    assert found["metrics"] == summary["metrics"]["test"]
+    assert found["ema"]["metrics"] == summary["metrics"]["test_ema"]
 
 
 def test_plot_and_table(trained, tmp_path):
@@ -136,6 +155,12 @@ def test_a_mistake_ends_in_one_line_and_makes_nothing(name, args, words, tmp_pat
     assert words in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_kept_no_best(trained):
+    result = script("evaluate", trained[0], "--best")
+    assert result.returncode == 2
+    assert "kept no best checkpoint: see early_stop.keep_best" in result.stderr
 
 
 def test_a_split_that_the_data_lacks(trained):

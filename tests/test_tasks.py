@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sklearn.metrics import log_loss, mean_absolute_error, top_k_accuracy_score
 
 from research import UserError
 from research.models.cnn import CNNConfig, LeNetConfig
@@ -82,6 +83,77 @@ def test_regress_is_the_mean_square_over_all_values_of_an_example(shape):
     weights = np.broadcast_to(WEIGHTS.reshape(-1, *[1] * (len(shape) - 1)), shape)
     assert_mean(metrics["loss"], (outputs - targets) ** 2, weights)
     assert metrics["mse"] == metrics["loss"]
+    flat = (a.reshape(4, -1) for a in (targets, outputs))
+    expected = mean_absolute_error(*flat, sample_weight=WEIGHTS)
+    np.testing.assert_allclose(metrics["mae"].mean(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("delta", [0.5, 3.0])
+def test_huber_is_a_square_near_zero_and_a_line_beyond(delta):
+    outputs, targets = RNG.normal(0, 2, size=(2, 4)).astype(np.float32)
+    errors = np.abs(np.float64(outputs) - targets)
+    losses = [e**2 / 2 if e <= delta else delta * (e - delta / 2) for e in errors]
+    metrics = Regress(huber=delta).score(outputs, batch_of(targets, WEIGHTS))
+    assert_mean(metrics["loss"], losses, WEIGHTS)
+    assert_mean(metrics["mse"], errors**2, WEIGHTS)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_loss_is_that_of_a_loop(gamma):
+    losses = []
+    for logits, target in zip(np.float64(LOGITS), TARGETS, strict=True):
+        p = np.exp(logits[target]) / np.exp(logits).sum()
+        losses.append(-((1 - p) ** gamma) * np.log(p))
+    metrics = Classify(gamma=gamma).score(LOGITS, batch_of(TARGETS, WEIGHTS))
+    assert_mean(metrics["loss"], losses, WEIGHTS)
+    losses = []
+    for logit, target in zip(np.float64(LOGITS[:, 0]), TARGETS % 2, strict=True):
+        p = 1 / (1 + np.exp(-logit if target else logit))
+        losses.append(-((1 - p) ** gamma) * np.log(p))
+    metrics = BinaryClassify(gamma=gamma).score(LOGITS[:, :1], batch_of(TARGETS % 2, WEIGHTS))
+    assert_mean(metrics["loss"], losses, WEIGHTS)
+
+
+@pytest.mark.parametrize("task", [Classify(gamma=0.5), BinaryClassify(gamma=0.5)])
+def test_focal_losss_gradient_is_finite_where_the_probability_rounds_to_1(task):
+    sure = jnp.float32([[200.0], [-200.0]])
+    outputs = jnp.concatenate([sure, -sure], axis=1) if isinstance(task, Classify) else sure
+    for targets in (jnp.int32([1, 0]), jnp.int32([0, 1])):
+        loss = lambda x: task.score(x, batch_of(targets, jnp.ones(2)))["loss"].total  # noqa: B023, E731
+        assert np.isfinite(jax.grad(loss)(outputs)).all()
+
+
+def test_class_weights_are_sample_weights_of_the_loss_alone():
+    of_class = (0.5, 3.0, 1.0)
+    found = Classify(class_weights=of_class).score(LOGITS, batch_of(TARGETS, WEIGHTS))
+    p = np.exp(log_softmax(LOGITS))
+    weights = WEIGHTS * np.asarray(of_class)[TARGETS]
+    expected = log_loss(TARGETS, p, sample_weight=weights)
+    np.testing.assert_allclose(found["loss"].mean(), expected, rtol=1e-5)
+    assert found["accuracy"] == Classify().score(LOGITS, batch_of(TARGETS, WEIGHTS))["accuracy"]
+    binary = BinaryClassify(class_weights=of_class[:2])
+    for dtype in (np.int32, np.float32):
+        targets = (TARGETS % 2).astype(dtype)
+        found = binary.score(LOGITS[:, :1], batch_of(targets, WEIGHTS))
+        p = 1 / (1 + np.exp(-np.float64(LOGITS[:, 0])))
+        weights = WEIGHTS * np.asarray(of_class)[TARGETS % 2]
+        expected = log_loss(TARGETS % 2, p, sample_weight=weights)
+        np.testing.assert_allclose(found["loss"].mean(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top", [2, 5])
+def test_top_is_scikit_learns(top):
+    logits, targets = RNG.normal(size=(50, 9)).astype(np.float32), RNG.integers(9, size=50)
+    weights = RNG.integers(3, size=50).astype(np.float32)
+    found = Classify(top=top).score(logits, batch_of(targets, weights))[f"top_{top}"]
+    given = {"k": top, "sample_weight": weights, "labels": range(9)}
+    expected = top_k_accuracy_score(targets, logits, **given)
+    np.testing.assert_allclose(found.mean(), expected, rtol=1e-6)
+
+
+def test_of_equal_logits_the_first_are_the_highest():
+    batch = batch_of(np.arange(9), np.ones(9, np.float32))
+    assert Classify(top=5).score(jnp.zeros((9, 9)), batch)["top_5"] == Mean(5, 9)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +177,11 @@ def test_weights_that_fit_no_value_are_refused():
 
 JUDGED = [
     (Classify(label_smoothing=0.1), LOGITS, TARGETS),
+    (Classify(gamma=2.0, class_weights=(1.0, 2.0, 3.0), top=2), LOGITS, TARGETS),
     (NextToken(), RNG.normal(size=(4, 2, 3)), RNG.integers(0, 3, (4, 2))),
     (BinaryClassify(), LOGITS[:, :1], TARGETS % 2),
+    (BinaryClassify(gamma=2.0, class_weights=(1.0, 2.0)), LOGITS[:, :1], TARGETS % 2),
+    (Regress(huber=1.0), LOGITS, RNG.normal(size=(4, 3)).astype(np.float32)),
     (Regress(), LOGITS, RNG.normal(size=(4, 3)).astype(np.float32)),
 ]
 
@@ -121,6 +196,16 @@ def test_rows_of_weight_0_change_no_bit(task, outputs, targets):
     )
     expected = task.score(outputs, batch_of(targets, weights))
     assert task.score(np.concatenate([outputs, garbage]), padded) == expected
+    kept, more = (
+        {k: np.asarray(v) for k, v in task.gather(*given).items()}
+        for given in (
+            (outputs, batch_of(targets, weights)),
+            (np.concatenate([outputs, garbage]), padded),
+        )
+    )
+    if kept:
+        assert task.gathered(more) == pytest.approx(task.gathered(kept), rel=1e-6)
+        assert task.tables(more) == task.tables(kept)
 
 
 @pytest.mark.parametrize(("task", "outputs", "targets"), JUDGED)
@@ -155,6 +240,19 @@ def test_bits_and_perplexity_follow_from_the_mean_loss():
     assert Classify().summary({"loss": 1.0}) == {"loss": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Classify(gamma=1.0, label_smoothing=0.1), "cannot be combined"),
+        (lambda: Classify(class_weights=(1.0, 0.0)), "must be > 0"),
+        (lambda: BinaryClassify(class_weights=(1.0, -1.0)), "must be > 0"),
+    ],
+)
+def test_fields_that_do_not_go_together(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
 def shaped(*shape):
     return jax.ShapeDtypeStruct((8, *shape), jnp.float32)
 
@@ -166,6 +264,9 @@ CHECKS = [
     (Classify(), shaped(3), {"targets": np.asarray([0.0, 1.0])}, "integers, not float64"),
     (Classify(), shaped(5, 3), {"targets": np.asarray([0, 2])}, r"\(5, 3\), and targets are \(\)"),
     (Classify(), shaped(3), {"targets": np.zeros((2, 5), int)}, r"targets are \(5,\)"),
+    (Classify(top=3), shaped(3), {"targets": np.asarray([0, 2])}, "top = 3 of 3 classes"),
+    (Classify(class_weights=(1.0,)), shaped(3), {"targets": np.asarray([0])}, "1 weights, .* 3"),
+    (BinaryClassify(class_weights=(1.0,)), shaped(1), {"targets": np.asarray([0])}, "2 classes"),
     (NextToken(), shaped(5, 3), {"targets": np.zeros((2, 5), int)}, None),
     (NextToken(), shaped(5, 3), {"tokens": np.asarray([0, 1, 2])}, None),
     (NextToken(), shaped(5, 3), {"tokens": np.asarray([0, 1, 7])}, "run from 0 to 7, .* 3 logits"),

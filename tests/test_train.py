@@ -6,11 +6,14 @@ import pytest
 import tiny
 
 from research import UserError, checkpoint, parallel, record, train
+from research.data.splits import Examples
 from research.experiment import EarlyStop, Target
 from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
+from research.optim import Optax
 from research.parallel import Parallel
 from research.setup import prepare
+from research.tasks import BinaryClassify
 
 FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.norm]
 ONE, EIGHT = tiny.ONE, jax.devices()
@@ -217,6 +220,79 @@ def test_early_stopping_ends_the_run_for_good(tmp_path):
     assert tiny.final_state(experiment, tmp_path).step == 9
 
 
+BEST = EarlyStop(metric="loss", keep_best=True)
+
+
+def worse(**fields):
+    """Learns at first and diverges later: the best evaluation is in the middle."""
+    schedule = Optax(
+        "linear_schedule", {"init_value": 0.02, "end_value": 60.0, "transition_steps": 24}
+    )
+    return tiny.mlp(eval_every=2, early_stop=BEST, optimizer=tiny.sgd(schedule), **fields)
+
+
+def test_a_run_is_judged_by_its_best_checkpoint(tmp_path):
+    target = Target(metric="loss", value=9.9, split="train", goal="min")
+    setup = prepare(worse(steps=23, keep=1, ema=0.5, target=target), ONE)
+    summary = train.train(setup, tmp_path, quiet=True)
+    seen = {r["step"]: r["loss"] for r in tiny.rows(tmp_path) if r["split"] == "validation"}
+    best = min(seen, key=seen.get)
+    assert best < 20
+    assert summary.best == best
+    assert summary.step == 23
+    assert summary.metrics["validation"]["loss"] == seen[best]
+    with checkpoint.Checkpoints(tmp_path / "checkpoints", None) as saved:
+        assert saved.steps() == [best, 23]
+        state, _ = saved.restore(best, setup.abstract, setup.shardings)
+    assert setup.evaluate(state, "train")["train"] == summary.metrics["train"]
+    assert summary.reached == summary.metrics["train"]["loss"]
+    again = train.train(setup, tmp_path, quiet=True)
+    assert again == summary
+
+
+def test_the_best_checkpoint_outlives_an_interruption(tmp_path):
+    fields = {"keep": 1, "save_every": 5}
+    whole = tiny.final_state(worse(steps=22, **fields), tmp_path / "whole")
+    for steps in (3, 11, 17, 22):
+        parts = tiny.final_state(worse(steps=steps, **fields), tmp_path / "parts")
+    assert bits(whole) == bits(parts)
+    ends = [train.run.summary(tmp_path / name) for name in ("whole", "parts")]
+    assert ends[0].best == ends[1].best
+    assert ends[0].metrics == ends[1].metrics
+
+
+def test_early_stopping_watches_the_moving_average_when_asked(tmp_path):
+    stop = EarlyStop(patience=50, metric="loss", ema=True)
+    state = tiny.final_state(tiny.mlp(ema=0.9, eval_every=3, early_stop=stop), tmp_path)
+    seen = [r["loss"] for r in tiny.rows(tmp_path) if r["split"] == "validation_ema"]
+    assert state.stop["best"] == np.float32(min(seen))
+
+
+def test_the_moving_average_is_a_target(tmp_path):
+    target = Target(metric="accuracy", value=0.0, split="train_ema")
+    found = train.train(prepare(tiny.mlp(ema=0.9, target=target), ONE), tmp_path, quiet=True)
+    assert found.reached == found.metrics["train_ema"]["accuracy"]
+
+
+def test_a_watched_metric_that_the_split_leaves_undefined_is_said(tmp_path):
+    model = MLPConfig(features=5, sizes=(1,))
+    stop = EarlyStop(patience=1, metric="auc", goal="max")
+    given = {"model": model, "task": BinaryClassify(), "data": OneClass()}
+    setup = prepare(tiny.mlp(eval_every=2, early_stop=stop, **given), ONE)
+    with pytest.raises(UserError, match=r"early_stop\.metric: auc is undefined on validation"):
+        train.train(setup, tmp_path, quiet=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneClass:
+    """Targets of one class alone."""
+
+    def load(self):
+        x = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
+        split = Examples({"inputs": x, "targets": np.ones(16, np.int32)})
+        return {"train": split, "validation": split}
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     target = Target(metric="accuracy", value=0.0, split="validation")
     first = train.train(prepare(tiny.mlp(target=target), ONE), tmp_path, quiet=True)
@@ -262,7 +338,7 @@ def test_the_carry_is_saved_and_matters(tmp_path):
         ),
         (
             tiny.mlp(eval_every=1, early_stop=EarlyStop(patience=1, metric="mse")),
-            "early_stop.metric: no metric 'mse'; known: accuracy, loss",
+            "early_stop.metric: no metric 'mse'; known: accuracy, loss, ece",
         ),
         (
             tiny.transformer(data=tiny.Words(stream=True)),
