@@ -147,6 +147,20 @@ def test_the_newest_are_kept(tmp_path):
         assert bits(found) == bits(numbers(step))
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        for step, best in ((1, None), (2, 2), (3, 2)):
+            checkpoints.save(step, numbers(step), 0.0, best)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+        checkpoints.save(4, numbers(4), 0.0, 2)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 4]
+        checkpoints.save(5, numbers(5), 0.0, 5)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert checkpoints.steps() == [5]
+
+
 def test_an_interrupted_save_is_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path, KEEP) as checkpoints:
         checkpoints.save(1, numbers(1), 1.0)
@@ -169,13 +183,13 @@ def test_the_process_died_while_saving(tmp_path, monkeypatch):
     def die(*_, **__):
         raise Died
 
-    with Checkpoints(tmp_path, KEEP) as checkpoints:
-        checkpoints.save(1, numbers(1), 1.0)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, numbers(1), 1.0, 1)
     with monkeypatch.context() as patch:
         for module, name in [(os, "rename"), (os, "replace"), (shutil, "move")]:
             patch.setattr(module, name, die)
-        with pytest.raises(Died), Checkpoints(tmp_path, KEEP) as checkpoints:
-            checkpoints.save(2, numbers(2), 2.0)
+        with pytest.raises(Died), Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints.save(2, numbers(2), 2.0, 2)
     assert any(ocp.utils.TMP_DIR_SUFFIX in p.name for p in tmp_path.iterdir())
     with Checkpoints(tmp_path, KEEP) as again:
         assert again.latest() == 1
