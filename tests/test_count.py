@@ -24,6 +24,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research import command, setup
 from research.compute import count, rules
+from research.models.resnet import RESNET18, RESNET50
+from research.models.transformer import TransformerConfig
+from research.models.vit import VIT_B16
 
 counts = sys.modules["research.compute.count"]
 P = PartitionSpec
@@ -1744,29 +1747,17 @@ def test_steps_of_the_configs(closed):
 # "_ops"), where every tap of a convolution counts, those on padding too
 
 
-def conv2d(x_BHWC, width, kernel, stride):
-    w = jnp.zeros((kernel, kernel, x_BHWC.shape[-1], width))
-    pads = [(kernel // 2, kernel // 2)] * 2
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x_BHWC, w, (stride,) * 2, pads, dimension_numbers=layout)
+def of_model(config, *args):
+    """The count of one call of a model in its evaluation form."""
+    model = nnx.eval_shape(lambda: config.make(nnx.Rngs(params=jax.random.key(0))))
+    graph, state = nnx.split(model)
 
+    def call(state, *args):
+        model = nnx.merge(graph, state)
+        model.eval()
+        return model(*args)
 
-def resnet(x_BHWC, depths, bottleneck):
-    """He et al. 2015; strides in the 3x3 convolutions, as in torchvision."""
-    x = jax.nn.relu(conv2d(x_BHWC, 64, 7, 2))
-    x = lax.reduce_window(
-        x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
-    )
-    for i, depth in enumerate(depths):
-        for j in range(depth):
-            width, stride = 64 << i, 2 if i and not j else 1
-            out = 4 * width if bottleneck else width
-            if bottleneck:
-                y = conv2d(conv2d(conv2d(x, width, 1, 1), width, 3, stride), out, 1, 1)
-            else:
-                y = conv2d(conv2d(x, width, 3, stride), out, 3, 1)
-            x = y + (x if x.shape == y.shape else conv2d(x, out, 1, stride))
-    return jnp.mean(x, axis=(1, 2)) @ jnp.zeros((x.shape[-1], 1000))
+    return exact(call, state, *args)
 
 
 def taps(n, kernel, stride):
@@ -1797,31 +1788,21 @@ def resnet_macs(depths, bottleneck, convention):
 
 
 @pytest.mark.parametrize(
-    ("depths", "bottleneck", "published"),
-    [((2, 2, 2, 2), False, 1.814e9), ((3, 4, 6, 3), True, 4.089e9)],
-    ids=["resnet18", "resnet50"],
+    ("config", "published"), [(RESNET18, 1.814e9), (RESNET50, 4.089e9)], ids=["18", "50"]
 )
-def test_published_resnets(depths, bottleneck, published):
-    fn = functools.partial(resnet, depths=depths, bottleneck=bottleneck)
-    found = exact(fn, array(1, 224, 224, 3))
-    assert found.dense_flops == 2 * resnet_macs(depths, bottleneck, 1)
+def test_published_resnets(config, published):
+    found = of_model(config, array(1, 224, 224, 3))
+    bottleneck = config.block == "bottleneck"
+    assert found.dense_flops == 2 * resnet_macs(config.layers, bottleneck, 1)
     assert found.dense_flops / 2 == pytest.approx(published, rel=5e-3)
-    assert found.matmul_flops == 2 * resnet_macs(depths, bottleneck, 0)
+    assert found.matmul_flops == 2 * resnet_macs(config.layers, bottleneck, 0)
     assert 0.92 < found.matmul_flops / found.dense_flops < 0.97
 
 
 def test_published_vit():
-    """ViT-B/16 (Dosovitskiy et al. 2020): 196 patches and the class token; 17.56e9."""
+    """ViT-B/16 (Dosovitskiy et al. 2021): 196 patches and the class token; 17.56e9."""
     b, t, d = 1, 197, 768
-
-    def vit(params, image):
-        x = lax.conv(image, jnp.zeros((d, 3, 16, 16)), (16, 16), "VALID").reshape(b, d, 196)
-        x = jnp.concatenate([jnp.zeros((b, 1, d)), x.swapaxes(1, 2)], axis=1)
-        for _ in range(12):
-            x = block(x, params, heads=12)
-        return x[:, 0] @ jnp.zeros((d, 1000))
-
-    found = exact(vit, layer_params(d, 4 * d), array(b, 3, 224, 224))
+    found = of_model(VIT_B16, array(b, 224, 224, 3))
     closed = flops(196, d, d) + 12 * sum(layer_flops(b, t, d, 4 * d)) + flops(d, 1000)
     assert found.matmul_flops == found.dense_flops == closed
     assert found.matmul_flops / 2 == pytest.approx(17.56e9, rel=5e-3)
@@ -1831,12 +1812,8 @@ def test_published_gpt2():
     """GPT-2 124M forward, a token: 2 a parameter in a product, and attention's 4 T D a layer
     (Kaplan et al. 2020, 2.1); the positions' embedding is in no product, the tokens' is once."""
     t, d, vocab, depth = 1024, 768, 50257, 12
-
-    def gpt2(params, embedding, tokens):
-        return layers(params, embedding[tokens]) @ embedding.T
-
-    tokens = array(1, t, dtype=jnp.int32)
-    found = exact(gpt2, layer_params(d, 4 * d, depth), array(vocab, d), tokens)
+    gpt2 = TransformerConfig(vocab=vocab, context=t, layers=depth, heads=12, width=d, scan=True)
+    found = of_model(gpt2, array(1, t, dtype=jnp.int32))
     multiplied = depth * 12 * d * d + vocab * d
     assert found.matmul_flops == t * (2 * multiplied + depth * 4 * t * d)
     assert multiplied == pytest.approx(124e6, rel=5e-3)

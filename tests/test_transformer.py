@@ -11,7 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from research.models.transformer import TransformerConfig, _rotate
+from research.models.layers import _rotate
+from research.models.transformer import TransformerConfig
 
 GPT2 = TransformerConfig(vocab=11, context=6, layers=2, heads=4, width=16)
 LLAMA = dataclasses.replace(

@@ -12,7 +12,9 @@ from research.data.splits import Examples, Streams, Windows
 from research.experiment import Experiment
 from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
+from research.models.resnet import ResNetConfig
 from research.models.transformer import TransformerConfig
+from research.models.vit import ViTConfig
 from research.optim import Optax, Optimizer
 from research.setup import prepare
 from research.tasks import Classify, NextToken, Regress
@@ -38,6 +40,20 @@ class Points:
             "train": Examples({k: v[:cut] for k, v in rows.items()}),
             "validation": Examples({k: v[cut:] for k, v in rows.items()}),
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Noise of 8x8, brighter in a third of its own for each of three classes."""
+
+    def load(self):
+        rng = np.random.default_rng(0)
+        labels = np.arange(64 + 21) % 3
+        images = rng.normal(size=(len(labels), 8, 8, 1))
+        images += 2 * np.eye(3)[labels].repeat([3, 3, 2], axis=1)[:, None, :, None]
+        rows = {"inputs": images.astype(np.float32), "targets": labels.astype(np.int32)}
+        parts = {"train": slice(64), "validation": slice(64, None)}
+        return {name: Examples({k: v[p] for k, v in rows.items()}) for name, p in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +142,27 @@ def transformer(**fields):
         vocab=7, context=8, layers=2, heads=2, width=8, scan=True, dropout=0.2
     )
     return mlp(**{"model": model, "task": NextToken(), "data": Words()} | fields)
+
+
+def resnet(**fields):
+    model = ResNetConfig(
+        classes=3, channels=1, layers=(1, 1), width=4, stem="cifar", stochastic_depth=0.2
+    )
+    return mlp(**{"model": model, "data": Images()} | fields)
+
+
+def vit(**fields):
+    model = ViTConfig(
+        image=(8, 8, 1),
+        classes=3,
+        patch=4,
+        layers=2,
+        heads=2,
+        width=8,
+        dropout=0.2,
+        stochastic_depth=0.2,
+    )
+    return mlp(**{"model": model, "data": Images()} | fields)
 
 
 def norm(**fields):

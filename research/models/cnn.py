@@ -26,7 +26,7 @@ class LeNetConfig:
     """Of the first convolution."""
 
     def __post_init__(self) -> None:
-        _check_image(self.image)
+        check_image(self.image)
         edge = 0 if self.padding == "SAME" else 4
         if min(((n - edge) // 2 - 4) // 2 for n in self.image[:2]) < 1:
             raise ValueError(f"image {self.image} is too small for LeNet-5: give it 32x32")
@@ -68,7 +68,7 @@ class CNNConfig:
     """Before the dense layer and before the classes."""
 
     def __post_init__(self) -> None:
-        _check_image(self.image)
+        check_image(self.image)
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"channels must be one or more widths >= 1, not {self.channels}")
         if min(self.image[:2]) >> len(self.channels) < 1:
@@ -110,6 +110,6 @@ def _pool(x_BHWC: jax.Array) -> jax.Array:
     return nnx.max_pool(x_BHWC, (2, 2), strides=(2, 2))
 
 
-def _check_image(image: Image) -> None:
+def check_image(image: Image) -> None:
     if min(image) < 1:
         raise ValueError(f"image must be (height, width, channels), each >= 1, not {image}")
