@@ -1,5 +1,6 @@
 """What lies between model FLOPs, executed FLOPs and XLA's figure, on programs this CPU compiles."""
 
+import ahead
 import jax
 import jax.numpy as jnp
 import pytest
@@ -113,6 +114,96 @@ def test_work_that_every_device_repeats():
     placed = jax.ShapeDtypeStruct((N, N), jnp.float32, sharding=place)
     found = by_cause(jax.jit(layer, out_shardings=place), placed, placed)
     assert found == {causes.REPEATED: (7 * ONE, ("layer",))}
+
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+EVERYWHERE = NamedSharding(MESH, P())
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes"),
+    [
+        (lambda k, x: depthwise(k, x), ((3, 3, 1, 16), (2, 8, 8, 16))),
+        (lambda w, x: layer(w, jnp.pad(x, ((1, 1), (0, 0)))), ((N, N), (N - 2, N))),
+    ],
+    ids=["depthwise", "padded"],
+)
+def test_what_every_device_repeats_is_not_taken_for_another_cause(fn, shapes):
+    args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=EVERYWHERE) for s in shapes]
+    found = by_cause(jax.jit(fn, out_shardings=EVERYWHERE), *args)
+    (module,) = compute.count(fn, *args).by_module
+    model = compute.count(fn, *args).model_flops
+    assert found == {causes.REPEATED: (7 * model, (module,))}
+
+
+def test_work_that_the_devices_cannot_share_evenly():
+    x = jax.ShapeDtypeStruct((16, N), jnp.float32, sharding=NamedSharding(MESH, P("data")))
+    w = jax.ShapeDtypeStruct((N, N), jnp.float32, sharding=EVERYWHERE)
+    found = by_cause(lambda w, x: layer(w, x[:10]), w, x)
+    # 10 rows on 8 devices, 2 on each.
+    assert found == {causes.UNEVEN: (6 * 2 * N * N, ("layer",))}
+
+
+def test_a_complex_convolution_as_three_real_ones():
+    def conv(x, k):
+        return lax.conv_general_dilated(x, k, (1,), "VALID")
+
+    shapes = (1, 8, 16), (8, 8, 3)
+    args = [jax.ShapeDtypeStruct(s, jnp.complex64) for s in shapes]
+    real = 2 * 14 * 8 * 8 * 3
+    assert by_cause(conv, *args) == {causes.COMPLEX: (-real, ("",))}
+
+
+def test_equal_products_are_not_taken_for_merged_recomputation():
+    def deep(ws, x):
+        body = jax.checkpoint(lambda x, w: (jnp.sin(layer(w, x) + jnp.cos(layer(w, x))), None))
+        return lax.scan(body, x, ws)[0].sum()
+
+    found = by_cause(jax.value_and_grad(deep), f32(6, N, N), SQUARE)
+    assert causes.MERGED not in found
+    assert found[causes.REMOVED][0] < 0
+
+
+@pytest.mark.parametrize("groups", [1, 64])
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_a_strided_convolutions_zeros_written_out(target, groups):
+    def loss(k, x):
+        y = lax.conv_general_dilated(
+            x,
+            k,
+            (2, 2),
+            "SAME",
+            feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return (y**2).sum()
+
+    mesh = jax.sharding.Mesh(ahead.topology(target).devices[:1], ("x",))
+    shapes = (3, 3, 64 // groups, 64), (2, 16, 16, 64)
+    place = NamedSharding(mesh, P())
+    args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=place) for s in shapes]
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(*args)
+    compiled = traced.lower(lowering_platforms=(target,)).compile()
+    found = compute.report(traced, compiled=compiled).differences
+    assert [d.cause for d in found] == [causes.FILLED]
+
+
+def test_a_factorisation_hides_no_product():
+    def f(w, x):
+        y = x @ w
+        return jnp.tanh(y) + jnp.sin(x @ w)
+
+    text = """HloModule jit_f
+
+ENTRY %main (w: f32[64,64], x: f32[64,64]) -> f32[64,64] {
+  %w = f32[64,64]{1,0} parameter(0)
+  %x = f32[64,64]{1,0} parameter(1)
+  %y = f32[64,64]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/dot_general"}
+  ROOT %lu = f32[64,64]{1,0} custom-call(%y), custom_call_target="lapack_spotrf_ffi", metadata={op_name="jit(f)/cholesky"}
+}
+"""  # noqa: E501
+    found = causes.executed(count(f, SQUARE, SQUARE), read(text))
+    assert found == [causes.Difference(causes.REMOVED, -ONE, ("",))]
 
 
 def test_a_call_that_cannot_be_read():

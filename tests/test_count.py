@@ -1128,6 +1128,15 @@ def test_one_device_of_what_the_compiler_divides_has_an_even_share_at_least():
     assert constrained.per_device.matmul_flops == flops(8, 6, 8) // 8
 
 
+def test_one_device_where_jit_is_told_the_shardings():
+    row = NamedSharding(meshed(4, 2), P("a"))
+    for fn in (jax.jit(jnp.dot, in_shardings=(row, None)), jax.jit(jnp.dot, out_shardings=row)):
+        for each in (fn, lambda x, w, fn=fn: jnp.tanh(fn(x, w))):
+            found = exact(each, array(8, 6), array(6, 5))
+            assert found.devices == 8
+            assert found.per_device.matmul_flops == flops(8, 6, 5) // 8
+
+
 def test_one_device_of_one_is_the_whole():
     found = exact(jnp.dot, SQUARE, SQUARE)
     assert found.devices == 1

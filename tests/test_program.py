@@ -795,6 +795,7 @@ def test_other_calls_are_named_and_make_it_inexact():
             '%t = f32[5]{0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton"',
             '%s = f32[5]{0} custom-call(%a), custom_call_target="Sharding"',
             '%o = (f32[2]{0}, s32[2]{0}) custom-call(%a), custom_call_target="TopK"',
+            '%x = f32[5]{0} custom-call(%a), custom_call_target="X64SplitLow"',
             '%u = f32[5]{0} custom-call(%a), custom_call_target="triton_kernel_call"',
             '%v = f32[5]{0} custom-call(%a), custom_call_target="triton_kernel_call"',
         )
@@ -802,7 +803,7 @@ def test_other_calls_are_named_and_make_it_inexact():
     assert found.unknown == {"__gpu$xla.gpu.triton": 1, "triton_kernel_call": 2}
     assert not found.exact
     # Sharding moves nothing, TopK reads.
-    assert found.bytes == 3 * 40 + 20 + 16
+    assert found.bytes == 4 * 40 + 20 + 16
 
 
 def test_a_start_and_its_end_count_once():
@@ -836,6 +837,41 @@ def test_a_start_and_its_end_count_once():
         Collective("all-to-all", full, 4, 1),
     ]
     assert found.bytes == 3 * full + full + full // 2 + 2 * full + 2 * full
+    assert found.exact
+
+
+def test_a_collective_in_the_fusions_that_start_hide_and_end_it_counts_once():
+    gather = "all-gather(%p), channel_id=7, replica_groups={}, dimensions={0}"
+    found = read(
+        body(
+            "%p = f32[256]{0} parameter(0)",
+            "%s = (f32[256]{0}, f32[2048]{0}) fusion(%p), kind=kCustom, calls=%start",
+            "%h = f32[256]{0} fusion(%p, %s), kind=kCustom, calls=%hide",
+            "%e = f32[2048]{0} fusion(%p, %s), kind=kCustom, calls=%end",
+            before=f"""
+%start (p: f32[256]) -> (f32[256], f32[2048]) {{
+  %p = f32[256]{{0}} parameter(0)
+  %g = f32[2048]{{0}} {gather}
+  ROOT %c = (f32[256]{{0}}, f32[2048]{{0}}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%hide (p: f32[256], s: (f32[256], f32[2048])) -> f32[256] {{
+  %p = f32[256]{{0}} parameter(0)
+  %s = (f32[256]{{0}}, f32[2048]{{0}}) parameter(1)
+  %g = f32[2048]{{0}} {gather}
+  ROOT %t = f32[256]{{0}} tanh(%p)
+}}
+
+%end (p: f32[256], s: (f32[256], f32[2048])) -> f32[2048] {{
+  %p = f32[256]{{0}} parameter(0)
+  %s = (f32[256]{{0}}, f32[2048]{{0}}) parameter(1)
+  %g = f32[2048]{{0}} {gather}
+  ROOT %c = f32[2048]{{0}} custom-call(%s, %g), custom_call_target="AsyncCollectiveDone"
+}}
+""",  # noqa: E501
+        )
+    )
+    assert found.collectives == [Collective("all-gather", 4 * 2048, 8, 1)]
     assert found.exact
 
 

@@ -155,6 +155,40 @@ def test_mfu_names_the_causal_convention():
     assert "causal attention halved" in str(on(found, 1.0, rates))
 
 
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_cannot_be_is_refused(found, seconds):
+    odd = on(found, seconds, roofline.of_chip(H100))
+    assert f"time of a step unavailable: a step cannot take {seconds} seconds" in str(odd)
+    figures = json.loads(json.dumps(odd.json(), allow_nan=False))
+    assert figures["seconds"] is None
+    assert figures["utilization"][0]["MFU"]["value"] is None
+
+
+def test_arguments_by_the_names_of_the_pages_rows():
+    def f(code):
+        return code @ code
+
+    page = str(compute.report(f, jnp.ones((8, 8))))
+    assert f"  {'code':40}{256:>22,}" in page
+
+
+def test_a_program_in_primitives_that_do_not_lower_by_themselves():
+    a = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    found = compute.report(jax.scipy.linalg.expm, a)
+    assert found.count.qualifier == "upper bound"
+    assert found.program.memory.arguments == 4 * 8 * 8
+
+
+def test_what_is_not_compiled_is_refused():
+    lowered = jax.jit(jnp.tanh).lower(X)
+    for call in (
+        lambda: compute.program(lowered),
+        lambda: compute.report(jnp.tanh, X, compiled=lowered),
+    ):
+        with pytest.raises(ValueError, match="Lowered gives no HLO text: not a compiled program"):
+            call()
+
+
 def test_no_number_above_a_hundred_percent(found):
     rates = roofline.of_chip(H100)
     page = str(on(found, 1e-15, rates))

@@ -164,7 +164,45 @@ def of(fn, *args, donated=()):
     return program(jax.jit(fn, donate_argnums=donated).lower(*args).compile())
 
 
+def test_a_lower_bound_holds_whichever_branch_is_taken():
+    big, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1 << 20, 16), (64, 64)))
+    taken = jax.ShapeDtypeStruct((), jnp.bool_)
+
+    def branches(taken, big, w):
+        def heavy(big, w):
+            return jnp.sin(big).sum() + (w @ w).sum()
+
+        return jax.lax.cond(taken, heavy, lambda big, w: 0.0, big, w)
+
+    found = of(branches, taken, big, w)
+    assert found.compulsory < 100
+    assert found.matmul_flops == 2 * 64**3
+    slow = roofline.Rates("chip", "datasheet", lambda d: (1.0, d), lambda n: 1e9, None)
+    assert roofline.roofline(found, slow).at_least < 1e-3 < roofline.roofline(found, slow).compute
+
+
+def test_a_lower_bound_of_a_loop_that_reads_rows_of_a_table():
+    table = jax.ShapeDtypeStruct((1 << 20, 16), jnp.float32)
+    rows = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def gathered(table, rows):
+        return jax.lax.scan(lambda c, i: (jnp.sin(c) + table[i], None), jnp.zeros(16), rows)[0]
+
+    assert of(gathered, table, rows).compulsory < 1000
+
+
+def test_a_lower_bound_of_a_loop_has_what_one_trip_reads():
+    w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 64), (32, 64)))
+
+    def scanned(w, x):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=9)[0]
+
+    assert of(scanned, w, x).compulsory >= 4 * 64 * 64
+
+
 def test_bytes_that_no_fusion_spares():
+    product = of(jnp.matmul, *(jax.ShapeDtypeStruct((64, 64), jnp.float32),) * 2)
+    assert product.compulsory == 3 * 4 * 64 * 64
     f32 = jnp.float32
     x, w = jax.ShapeDtypeStruct((64, 32), f32), jax.ShapeDtypeStruct((32, 16), f32)
     assert of(lambda x, w: jnp.tanh(x @ w), x, w).compulsory == 4 * (64 * 32 + 32 * 16 + 64 * 16)

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
-from research.compute import places
+from research.compute import places, rules
 from research.compute.count import Count
 from research.compute.program import Program
 
@@ -15,6 +15,9 @@ OPAQUE = "inside calls that cannot be read"
 REMOVED = "not executed: dead, constant, computed once for several, or moved out of a loop"
 GROUPED = "grouped convolutions, computed for every pair of channels"
 REPEATED = "the same work on several devices"
+UNEVEN = "work that the devices do not share evenly: repeated, or sizes filled up to divide"
+COMPLEX = "complex products, done as three real ones"
+FILLED = "convolutions over operands that the compiler filled up with zeros: padding, holes"
 PADDED = "sizes filled up to those of the compiler's kernels"
 UNEXPLAINED = "unexplained"
 LOOPS = "loop bodies, counted once by XLA"
@@ -40,8 +43,11 @@ def executed(count: Count, program: Program) -> list[Difference]:
     """
     devices = program.devices
     wanted: Counter[tuple[str, str]] = Counter()
-    for (phase, module, *_), flops in count.matmul.items():
+    imaginary: Counter[str] = Counter()
+    """By module, FLOPs of complex products that are executed as something else."""
+    for (phase, module, dtype, _), flops in count.matmul.items():
         wanted[phase, places.scoped(module)] += flops
+        imaginary[places.scoped(module)] += flops * dtype.startswith("complex")
     forward = {module for _, module in wanted}
 
     def module_of(path: str) -> tuple[str, str]:
@@ -59,8 +65,16 @@ def executed(count: Count, program: Program) -> list[Difference]:
             unnamed += flops * devices
         else:
             done[phase, module] += flops * devices
-    opaque = {module_of(path)[1] for path in program.opaque}
+            imaginary[module] -= flops * devices * product.dtype.startswith("complex")
+    # Of factorisations and callbacks count has no products.
+    opaque = {
+        module_of(path)[1]
+        for path in program.opaque
+        if path.rpartition("/")[2] not in rules.APART and not path.endswith("_callback")
+    }
     padded = {module_of(path)[1] for path in program.padded}
+    filled = {module_of(path)[1] for path, n in program.filled.items() if n}
+    ungrouped = {module_of(path)[1] for path, n in program.ungrouped.items() if n}
 
     found: dict[str, Counter[str]] = {}
 
@@ -70,6 +84,8 @@ def executed(count: Count, program: Program) -> list[Difference]:
 
     missing: Counter[str] = Counter()
     surplus: Counter[str] = Counter()
+    times: dict[str, set[int | None]] = {}
+    """By module, how often the products of a phase are executed, where that is a whole number."""
     for module in forward | {module for _, module in done}:
         given, asked = (
             {phase: c[phase, module] for phase in places.PHASES} for c in (done, wanted)
@@ -78,11 +94,17 @@ def executed(count: Count, program: Program) -> list[Difference]:
         gap = sum(given.values()) - sum(asked.values())
         if gap >= 0:
             surplus[module] = gap
+            times[module] = {_multiple(given[p], asked[p]) for p in given if given[p] or asked[p]}
             continue
         missing[module] = -gap
-        merged = min(missing[module], asked["recompute"]) if not rewritten[module] else 0
+        # What is merged keeps the forward pass's name; where some is recomputed still, the rest
+        # may have been merged with that.
+        gone = 0 if given["recompute"] or rewritten[module] else asked["recompute"]
+        merged = min(missing[module], gone)
         missing[module] -= merged
         book(MERGED, module, -merged)
+        if missing[module] and 4 * missing[module] == imaginary[module]:
+            book(COMPLEX, module, -missing.pop(module))
         simple = min(missing[module], rewritten[module])
         missing[module] -= simple
         book(REWRITTEN, module, -simple)
@@ -96,15 +118,21 @@ def executed(count: Count, program: Program) -> list[Difference]:
     for module in list(surplus):
         grouped = count.grouped.get(module, 0)
         asked_here = sum(n for (_, m), n in wanted.items() if m == module)
-        if surplus[module] and grouped:
+        shared = asked_here and surplus[module] * devices <= (asked_here + surplus[module]) * (
+            devices - 1
+        )
+        repeated = all(n and devices % n == 0 for n in times[module])
+        if shared and repeated and len(times[module]) == 1:
+            book(REPEATED, module, surplus.pop(module))
+        elif surplus[module] and grouped and module in ungrouped:
             book(GROUPED, module, surplus.pop(module))
+        elif module in filled:
+            book(FILLED, module, surplus.pop(module))
         elif module in padded:
             book(PADDED, module, surplus.pop(module))
         # Of work that every device repeats, all but one device's is surplus.
-        elif asked_here and surplus[module] * devices <= (asked_here + surplus[module]) * (
-            devices - 1
-        ):
-            book(REPEATED, module, surplus.pop(module))
+        elif shared:
+            book(REPEATED if repeated else UNEVEN, module, surplus.pop(module))
         else:
             surplus[module] = _settle(missing, surplus[module])
     for module, flops in missing.items():
@@ -117,6 +145,10 @@ def executed(count: Count, program: Program) -> list[Difference]:
         for cause, by in found.items()
         if by.total()
     ]
+
+
+def _multiple(given: int, asked: int) -> int | None:
+    return given // asked if asked and given % asked == 0 else None
 
 
 def _settle(missing: Counter[str], flops: int) -> int:

@@ -129,19 +129,26 @@ def count(fn: Any, *args: Any, **kwargs: Any) -> Count:
 
     Raises ValueError, in one line, for what cannot be traced.
     """
-    closed = trace(fn, args, kwargs).jaxpr
+    traced = trace(fn, args, kwargs)
+    closed = low(traced).jaxpr
     walk = _Walk()
     found = walk.whole(closed)
     devices = max(
         [
             walk.devices,
             *(_mesh_size(getattr(v.aval, "sharding", None)) for v in _open(closed).invars),
+            *_placed(getattr(traced, "_params", {})),
         ]
     )
     if devices > 1:
         one = _Walk(devices).whole(closed)
         found = dataclasses.replace(found, devices=devices, _one=one)
     return found
+
+
+def low(traced: Any) -> Any:
+    """The same program in primitives that lower by themselves; it cannot be compiled."""
+    return traced.lojax if getattr(traced.jaxpr, "is_high", False) else traced
 
 
 def trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -155,8 +162,8 @@ def trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             jitted = isinstance(fn, jax.stages.Wrapped) and hasattr(fn, "trace")
             traced = (fn if jitted else jax.jit(fn)).trace(*args, **kwargs)
             traced = getattr(traced, "traced", traced)  # nnx.jit wraps what jax.jit gives
-        # The same program in primitives that lower by themselves.
-        return traced.lojax if getattr(traced.jaxpr, "is_high", False) else traced
+        low(traced)
+        return traced
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
         name = getattr(fn, "__name__", type(fn).__name__)
@@ -166,6 +173,12 @@ def trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _mesh_size(sharding: Any) -> int:
     """Devices of a sharding's mesh; 1 where it has none."""
     return getattr(getattr(sharding, "mesh", None), "size", 1) or 1
+
+
+def _placed(params: Any) -> list[int]:
+    """Devices of the meshes that a jit places its arguments and results on."""
+    places = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
+    return [_mesh_size(place) for place in places]
 
 
 # ---- jaxprs
@@ -335,6 +348,7 @@ class _Walk:
         name = eqn.primitive.name
         if name == "shard_map":
             return self._shard_map(eqn, outs, given)
+        self.devices = max(self.devices, *_placed(eqn.params), 1)
         if (called := _called(eqn)) is not None:
             body, taken = called
             return self.count(body, outs, tuple(given[i] for i in taken)), 1

@@ -7,6 +7,7 @@ every pair of channels and keeps the diagonal, for one.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -32,13 +33,14 @@ _SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 # Custom calls that only place or mark.
 _MARKS = re.compile(
     r"Sharding|SPMD\w+|AllocateBuffer|CreateBuffer|Pin|Unpin|annotate_device_placement|"
-    r"LayoutConstraint|InspectSharding|ConcatBitcast|AssumeGatherIndicesInBound|xla\..*"
+    r"LayoutConstraint|InspectSharding|ConcatBitcast|AssumeGatherIndicesInBound|"
+    r"AsyncCollective(Start|Done)|xla\..*"
 )
 # And those that move, sort or draw.
 _NO_PRODUCTS = re.compile(
     r"SliceToDynamic|PadToStatic|(__gpu\$)?TopK|MoveToHost|MoveToDevice|GetRngSeed|"
     r"RngBitGenerator|GatherScatterIndicesBitpacked|PartialReduce|ApproxTopK|"
-    r"\w*[tT]hreefry2x32\w*|__cub\$\w+"
+    r"\w*[tT]hreefry2x32\w*|__cub\$\w+|X64(SplitHigh|SplitLow|Combine)"
 )
 _BACKWARD = {"__cudnn$convBackwardInput": (2, 1, 0), "__cudnn$convBackwardFilter": (0, 2, 1)}
 
@@ -136,6 +138,10 @@ class Program:
     """By path, executions of what is unknown."""
     padded: Counter[str] = dataclasses.field(default_factory=Counter)
     """By path, FLOPs of products whose operands the compiler has padded; in `products` too."""
+    filled: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By path, convolutions some padding or holes of which it has written out as zeros."""
+    ungrouped: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By path, convolutions of all channels with all."""
     once: tuple[int, int] = (0, 0)
     """FLOPs of products, and of elementwise operations and reductions, with the body of every
     loop once and custom calls left out: what XLA's cost_analysis counts."""
@@ -216,6 +222,8 @@ def program(
         raise ValueError(f"this compiled program gives no HLO text: {error}") from error
     if not text or not text.strip():
         raise ValueError("this compiled program gives no HLO text")
+    if not text.lstrip().startswith("HloModule"):
+        raise ValueError(f"{type(compiled).__name__} gives no HLO text: not a compiled program")
     found = read(text, mesh)
     found.memory = _memory(compiled, names)
     return found
@@ -234,7 +242,7 @@ def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
         else:
             total.reasons["a module without an entry computation"] = None
     found.products, found.moved, found.opaque = total.products, total.moved, total.opaque
-    found.padded = total.padded
+    found.padded, found.filled, found.ungrouped = total.padded, total.filled, total.ungrouped
     found.once = total.products_once, total.elementwise_once
     found.collectives = [dataclasses.replace(c, count=n) for c, n in total.collectives.items()]
     found.unknown, found.reasons = dict(total.unknown), list(total.reasons)
@@ -299,6 +307,8 @@ class _Cost:
     unknown: Counter[str] = dataclasses.field(default_factory=Counter)
     opaque: Counter[str] = dataclasses.field(default_factory=Counter)
     padded: Counter[str] = dataclasses.field(default_factory=Counter)
+    filled: Counter[str] = dataclasses.field(default_factory=Counter)
+    ungrouped: Counter[str] = dataclasses.field(default_factory=Counter)
     reasons: dict[str, None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -330,6 +340,8 @@ class _Cost:
         _scale(self.unknown, other.unknown, times)
         _scale(self.opaque, other.opaque, times)
         _scale(self.padded, other.padded, times)
+        _scale(self.filled, other.filled, times)
+        _scale(self.ungrouped, other.ungrouped, times)
         self.reasons.update(other.reasons)
 
 
@@ -403,12 +415,16 @@ class _Walk:
             total.elementwise_once += applied * _reductions(i, operands, result)
         elif opcode == "custom-call":
             _custom(i, path, operands, result, total)
-        elif opcode in COLLECTIVES:
+        elif opcode in COLLECTIVES and not self.repeated(comp, i):
             found = self.collective(i, operands, result, total)
             # TPU: an all-reduce that keeps a part only, moved as a reduce-scatter is.
             if frame.fused and comp.name.startswith("all-reduce-scatter"):
                 found = dataclasses.replace(found, kind="reduce-scatter")
             total.collectives[found] += 1
+        if opcode in ("convolution", "custom-call") and "dim_labels" in i.attributes:
+            total.filled[path] += any(self.zeros(frame, name) for name in i.operands)
+            groups = i.dims("feature_group_count") + i.dims("batch_group_count")
+            total.ungrouped[path] += not groups
         if opcode in ("dot", "convolution") and any(s.dynamic for s in operands):
             total.reasons[f"{opcode}: a dynamic size counted at its bound"] = None
         if not (frame.fused or opcode in _FREE or _MARKS.fullmatch(_target(i))):
@@ -486,6 +502,21 @@ class _Walk:
         frame, i = self.through(frame, name)
         if i.opcode == "parameter" and frame.fused and frame.parent and frame.call:
             return self.padded(frame.parent, frame.call.operands[int(i.operands[0])])
+        return i.opcode == "pad"
+
+    def zeros(self, frame: _Frame, name: str) -> bool:
+        """Whether a pad is in what computes a value, in the fusion that gives it or before."""
+        i = frame.computation.instructions[name]
+        if i.opcode in ("fusion", "call"):
+            inner = self.enter(frame, i, i.computations("calls", "to_apply")[0])
+            return any(
+                j.opcode == "pad" or (j.opcode == "fusion" and self.zeros(inner, j.name))
+                for j in inner.computation.instructions.values()
+            )
+        if i.opcode == "parameter" and frame.fused and frame.parent and frame.call:
+            return self.zeros(frame.parent, frame.call.operands[int(i.operands[0])])
+        if i.opcode in ("copy", "bitcast", "reshape", "transpose", "convert"):
+            return self.zeros(frame, i.operands[0])
         return i.opcode == "pad"
 
     def progress(
@@ -581,16 +612,16 @@ class _Walk:
             return self.used(inner, inner.parameters[k].name)
         return whole
 
-    def used(self, comp: Computation, name: str, returned: bool = True) -> int:
+    def used(self, comp: Computation, name: str) -> int:
         """Bytes read of a value in a computation, all of it where that returns it."""
         whole = comp.instructions[name].shape.bytes
-        if name == comp.root and returned:
+        if name == comp.root:
             return whole
         reads = (
             self.reads(comp, user, k)
             for user in comp.users.get(name, ())
             for k, operand in enumerate(user.operands)
-            if operand == name and (returned or user.name != comp.root)
+            if operand == name
         )
         return min(whole, sum(reads))
 
@@ -617,11 +648,35 @@ class _Walk:
         parts = (self.writes(comp, comp.instructions[name], shape) for name, shape in inside)
         return sum(parts, Counter())
 
+    def needed(self, comp: Computation, name: str, index: int | None = None) -> int:
+        """Bytes that are read of a value, or of element index of a tuple, however a program runs:
+        of what a loop reads those of one trip; of what a branch reads nothing."""
+        total = 0
+        for user in comp.users.get(name, ()):
+            opcode, at = user.opcode, [k for k, o in enumerate(user.operands) if o == name]
+            if index is not None and opcode == "get-tuple-element":
+                if int(user.attributes["index"]) == index:
+                    total += self.needed(comp, user.name)
+            elif index is None and opcode == "tuple":
+                total += sum(self.needed(comp, user.name, k) for k in at)
+            elif opcode == "while" and self.trips(_Frame(comp), user):
+                body = self.module.computations[user.computations("body")[0]]
+                total += self.needed(body, body.parameters[0].name, index)
+            elif opcode == "call":
+                inner = self.module.computations[user.computations("to_apply")[0]]
+                total += sum(self.needed(inner, inner.parameters[k].name, index) for k in at)
+            elif index is None and opcode == "bitcast":
+                total += self.needed(comp, user.name)
+            elif index is None and opcode not in ("while", "conditional"):
+                total += sum(self.reads(comp, user, k) for k in at)
+        shape = comp.instructions[name].shape
+        return min(total, (shape if index is None else shape.elements[index]).bytes)
+
     def compulsory(self, entry: Computation) -> int:
         """Main memory that arguments and results take, each once; of arrays that leave a loop
         nothing, for they may have been updated in place."""
         arguments = (p for p in entry.parameters.values() if not p.shape.space)
-        read = sum(self.used(entry, p.name, returned=False) for p in arguments)
+        read = sum(self.needed(entry, p.name) for p in arguments)
         root = entry.instructions[entry.root]
         names = root.operands if root.opcode == "tuple" else (root.name,)
         written = 0
@@ -631,6 +686,24 @@ class _Walk:
         return read + written
 
     # Collectives.
+
+    @functools.cached_property
+    def started(self) -> dict[str, str]:
+        """TPU: an asynchronous collective stands in several fusions under one channel, those that
+        start it, hide it and end it; by the channel, the computation that starts it."""
+        return {
+            comp.instructions[name].attributes.get("channel_id", ""): comp.name
+            for comp in self.module.computations.values()
+            for i in comp.instructions.values()
+            if i.opcode == "custom-call" and _target(i) == "AsyncCollectiveStart"
+            for name in i.operands
+            if comp.instructions[name].opcode in COLLECTIVES
+        }
+
+    def repeated(self, comp: Computation, i: Instruction) -> bool:
+        """Whether another fusion has started this collective."""
+        starts = self.started.get(i.attributes.get("channel_id", ""))
+        return starts is not None and starts != comp.name
 
     def collective(
         self, i: Instruction, operands: list[Shape], result: Shape, total: _Cost

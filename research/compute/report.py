@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from research.compute import causes, roofline
-from research.compute.count import Count, count, trace
+from research.compute.count import Count, count, low, trace
 from research.compute.program import Memory, Program, program
 
 _ROLES = {
@@ -117,7 +117,8 @@ class Report:
                 for rates, bounds in self.rooflines()
             ]
         if self.seconds is not None:
-            found["seconds"] = self.seconds
+            # JSON has no NaN; what is refused has its reason below.
+            found["seconds"] = None if roofline.refused(self.seconds) else self.seconds
             found["utilization"] = [
                 {"device": r.device, "source": r.source}
                 | {name: dataclasses.asdict(f) for name, f in self.utilization(r).items()}
@@ -179,6 +180,8 @@ class Report:
         """MFU and HFU in lines; none where nothing was measured."""
         if self.seconds is None:
             return []
+        if reason := roofline.refused(self.seconds):
+            return [f"time of a step unavailable: {reason}"]
         lines = [f"measured {_time(self.seconds)} a step"]
         if not self.rates:
             lines += [f"  {name} {f}" for name, f in self.utilization(None).items()]
@@ -206,12 +209,13 @@ def report(
     """
     traced = trace(fn, args, kwargs)
     compiled = traced.lower().compile() if compiled is None else compiled
-    names = getattr(traced.jaxpr.jaxpr.debug_info, "arg_names", None)
+    names = getattr(low(traced).jaxpr.jaxpr.debug_info, "arg_names", None)
+    run = program(compiled, mesh, names)
     device = _device(compiled)
     found = [] if device is None else [roofline.datasheet(device), roofline.measured(device)]
     report = Report(
         count=count(traced),
-        program=program(compiled, mesh, names),
+        program=run,
         xla_flops=causes.xla_flops(compiled),
         rates=[rates for rates in found if rates],
         device=device,
@@ -325,14 +329,15 @@ def _causes(differences: Sequence[causes.Difference]) -> list[str]:
 def _memory(memory: Memory | None, peak: int | None) -> list[str]:
     if memory is None:
         return ["memory: unavailable for this backend"]
-    parts: Counter[str] = Counter()
+    held: Counter[str] = Counter()
     for name, n in memory.arguments_by.items():
-        parts[_ROLES.get(name.split(".")[-1], name)] += n
+        held[_ROLES.get(name.split(".")[-1], name)] += n
     outputs = memory.outputs - memory.aliased
-    parts |= {"temporaries (activations)": memory.temporaries}
-    parts |= {"results not in place of arguments": outputs, "code": memory.code}
+    # A list, for an argument may be called code.
+    parts = [*held.items(), ("temporaries (activations)", memory.temporaries)]
+    parts += [("results not in place of arguments", outputs), ("code", memory.code)]
     lines = [f"memory of a device, {_bytes(memory.total)}, by the compiler's account"]
-    lines += [f"  {name:40}{n:>22,}" for name, n in parts.items() if n]
+    lines += [f"  {name:40}{n:>22,}" for name, n in parts if n]
     if peak is not None:
         lines.append(f"  {'measured, since the device started':40}{peak:>22,}")
     return lines

@@ -107,10 +107,10 @@ def utilization(
     Where precisions mix, each has its own peak: the sum of FLOPs / peak is the time that the step
     would take at peak. Above 1, a chip or a peak that is not known, and no time at all are refused.
     """
+    if reason := refused(seconds):
+        return Figure(None, reason)
     if rates is None:
         return Figure(None, "no peak is known for this device; scripts/benchmark.py peaks measures")
-    if not (math.isfinite(seconds) and seconds > 0):
-        return Figure(None, f"a step cannot take {seconds} seconds")
     ideal = compute_seconds(by_dtype, rates)
     if ideal is None:
         missing = [d for d in by_dtype if rates.peak(d) is None]
@@ -123,6 +123,12 @@ def utilization(
             "waited for, the device is another, or its peak is higher",
         )
     return Figure(found)
+
+
+def refused(seconds: float) -> str:
+    """Why a step cannot have taken so long; empty where it can."""
+    valid = math.isfinite(seconds) and seconds > 0
+    return "" if valid else f"a step cannot take {seconds} seconds"
 
 
 def compute_seconds(by_dtype: Mapping[str, int], rates: Rates) -> float | None:
@@ -177,14 +183,16 @@ def roofline(program: Program, rates: Rates) -> Roofline:
     compute = compute_seconds(program.by_dtype, rates)
     resident = max(program.compulsory - rates.on_chip, 0)
     rings, least = (_links(program.collectives, rates.link, f) for f in (_ring, _egress))
+    # Of branches that differ the dearest counted, of an unknown number of trips one.
+    certain = not program.reasons
     return Roofline(
         compute=compute,
         memory=moved / rates.bandwidth(moved) if moved else 0.0,
         communication=rings,
         at_least=max(
-            compute or 0.0,
+            compute if compute and certain else 0.0,
             resident / rates.bandwidth(program.compulsory) if resident else 0.0,
-            least or 0.0,
+            least if least and certain else 0.0,
         ),
         intensity=program.matmul_flops / moved if moved else None,
     )
