@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.experiment import Experiment, did_you_mean
-from research.modules import merged
+from research.modules import merged, variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,12 +96,17 @@ class Setup:
     def _evaluator(self) -> evaluate.Evaluator:
         return evaluate.Evaluator(self.graph, self.experiment.task, self.mesh)
 
+    def judged(self, state: train.State) -> Any:
+        """The parameters to evaluate and to keep: those of training, or the optimizer's average."""
+        return self.experiment.optimizer.eval_params(state.opt_state, state.params)
+
     def evaluate(self, state: train.State, split: str) -> dict[str, dict[str, float]]:
         """Metrics by row: `split`, and "`split`_ema" where parameters are averaged.
 
         Raises UserError for a split that the data does not have.
         """
-        rows = {split: state.params} | ({} if state.ema is None else {f"{split}_ema": state.ema})
+        rows = {split: self.judged(state)}
+        rows |= {} if state.ema is None else {f"{split}_ema": state.ema}
         examples = find(self.splits, split)
         return {
             row: self._evaluator(params, state.model_state, state.carry, examples, self.batch_size)
@@ -131,6 +136,10 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     mesh = experiment.parallel.mesh(batch_size, devices)
     batch = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
+    try:
+        experiment.optimizer.check(variables(model)[0])
+    except ValueError as error:
+        raise UserError(f"optimizer: {error}") from None
     carries = "reset" in batch
     if carries and not hasattr(model, "initial_carry"):
         raise UserError(

@@ -64,13 +64,11 @@ def train_step(
     # Apart from the keys of the parameters, which are derived from another branch of the root.
     key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
 
-    def loss_of(params: Any) -> tuple[jax.Array, Any]:
-        with merged(setup.graph, params, state.model_state, training=True) as model:
-            loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), state.carry)
-        _, model_state = variables(model)
-        return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
-
-    grads, (metrics, model_state, carry) = jax.grad(loss_of, has_aux=True)(state.params)
+    grads, (metrics, model_state, carry) = gradients(setup, state, state.params, batch, key)
+    if e.optimizer.sam_rho is not None:
+        with jax.named_scope("optimizer"):
+            there = e.optimizer.perturbed(state.params, grads)
+        grads, _ = gradients(setup, state, there, batch, key)
     with jax.named_scope("optimizer"):
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -90,6 +88,21 @@ def train_step(
         ema=ema,
     )
     return state, metrics
+
+
+def gradients(setup: "Setup", state: State, params: Any, batch: Any, key: jax.Array) -> Any:
+    """The gradient at `params`, and (metrics, model state, carry) after the batch."""
+    e = setup.experiment
+
+    def loss_of(params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array) -> Any:
+        params = e.optimizer.held(params)
+        with merged(setup.graph, params, model_state, training=True) as model:
+            loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), carry)
+        _, model_state = variables(model)
+        return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
+
+    grad = jax.grad(loss_of, has_aux=True)
+    return grad(params, state.model_state, state.carry, batch, key)
 
 
 def train(
