@@ -134,6 +134,13 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
     mesh = experiment.parallel.mesh(batch_size, devices)
+    parts = experiment.accumulate * mesh.size
+    if batch_size % parts:
+        near = max(round(batch_size / parts), 1) * parts
+        raise UserError(
+            f"batch_size {batch_size} does not divide into accumulate = {experiment.accumulate} "
+            f"parts over {mesh.size} devices; nearest that does: {near}"
+        )
     batch = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     try:
