@@ -147,6 +147,9 @@ class Experiment:
     """Parameter updates."""
     batch_size: Annotated[int, Ge(1)] | None
     """Examples an update, over all devices; None: the whole training split."""
+    accumulate: Annotated[int, Ge(1)] = 1
+    """Parts that a batch is gone through in, their gradients added up: the same update in less
+    memory. Batch statistics are those of a part, and dropout draws anew for each."""
     seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     """Decides the initial parameters, the order of the data and dropout."""
     precision: Literal["float32", "bfloat16"] = "float32"

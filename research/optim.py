@@ -1,5 +1,6 @@
 """Optimizers and schedules of optax as frozen, JSON-able configuration."""
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,10 @@ import optax.contrib
 import optax.schedules
 import tyro
 
-__all__ = ["Optax", "Optimizer", "decay_mask", "path_of"]
+__all__ = ["Group", "Optax", "Optimizer", "decay_mask", "path_of"]
+
+VECTORS = r"(^|/)(bias|scale|.*norm.*)(/|$)"
+"""Paths of biases and norms, which are vectors even where a scan's layers are stacked."""
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
@@ -40,6 +44,12 @@ class Optax:
     `learning_rate` and need only gradients and parameters; schedules those of optax.schedules.
     `kwargs` holds numbers, strings, bools, None, lists, dicts of these, and further Optax, which
     `dataclasses.asdict` and JSON keep: tuples become lists, and {"name", "kwargs"} an Optax.
+
+    Muon's `muon_weight_dimension_numbers` is {regex on the path: [reduction axes, output axes]}, or
+    None in place of the axes for Adam; the first match wins, further axes are of separate matrices,
+    and what nothing matches is Adam's. Count axes from the end, so that a scan's stack of layers is
+    one matrix a layer. Without it every kernel or embedding of two axes is a matrix, and one of
+    three a stack of them.
 
     Raises:
         ValueError: on an unknown name or argument, a missing argument, or a value that is of the
@@ -77,7 +87,7 @@ class Optax:
             raise ValueError(f"{name} needs {', '.join(map(repr, missing))}")
         try:
             # Abstractly, so that no accelerator is opened by reading a configuration.
-            made: Any = self.make()
+            made: Any = _without_axes(self).make()
             if self._is_optimizer:
                 jax.eval_shape(lambda: made.update(p := _example(), made.init(p), p))
             elif jax.eval_shape(lambda: jnp.asarray(made(jnp.zeros((), jnp.int32)))).shape:
@@ -87,7 +97,7 @@ class Optax:
 
     def make(self) -> optax.GradientTransformation | optax.Schedule:
         """The optimizer or schedule itself; weight decay applies to every parameter."""
-        return self._make(None)
+        return self._make()
 
     @property
     def _parameters(self) -> dict[str, inspect.Parameter]:
@@ -109,20 +119,22 @@ class Optax:
                 if leaf._is_optimizer != (key == "base_optimizer"):
                     kind = "an optimizer" if leaf._is_optimizer else "a schedule"
                     raise ValueError(f"{where} must be {wanted}; {leaf.name!r} is {kind}")
-            elif isinstance(leaf, (int, float)):
+            elif isinstance(leaf, (int, float)) and key != _MATRICES:
                 if not math.isfinite(leaf):
                     raise ValueError(f"{where} must be finite, got {leaf}")
                 if leaf < 0 and (amount or not self._is_optimizer):
                     raise ValueError(f"{where} must not be negative, got {leaf}")
+        if key == _MATRICES and value is not None:
+            _check_matrices(where, value)
         if isinstance(default, bool) and not isinstance(value, bool):
             raise ValueError(f"{where} must be true or false, got {value!r}")
         numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
         if (numeric or amount) and isinstance(value, (bool, str, list, dict)):
             raise ValueError(f"{where} must be {wanted}, got {value!r}")
 
-    def _make(self, mask: Callable[[Any], Any] | None) -> Any:
+    def _make(self, mask: Callable[[Any], Any] | None = None, multiplier: float = 1.0) -> Any:
         parameters = self._parameters
-        kwargs = {key: _resolve(value, mask) for key, value in self.kwargs.items()}
+        kwargs = {key: _resolve(value, mask, multiplier) for key, value in self.kwargs.items()}
         if mask is not None:
             masks = [key for key in ("mask", "weight_decay_mask") if key in parameters]
             unmasked = "adam_weight_decay" if masks else "weight_decay"
@@ -132,12 +144,61 @@ class Optax:
                     "mask; set it to 0 and use l2"
                 )
             kwargs = dict.fromkeys(masks, mask) | kwargs
-        return _factories()[self.name](**kwargs)
+        if _MATRICES in parameters:
+            given = self.kwargs.get(_MATRICES)
+            kwargs[_MATRICES] = functools.partial(_dimension_numbers, spec=given)
+        after = []
+        if multiplier != 1 and self._is_optimizer:
+            for key in ("learning_rate", "adam_learning_rate"):
+                rate = kwargs.get(key, parameters[key].default) if key in parameters else None
+                if rate is not None:
+                    kwargs[key] = _times(multiplier, rate)
+            if "learning_rate" not in kwargs or kwargs["learning_rate"] is None:  # adafactor's own
+                after.append(optax.scale(multiplier))
+        made = _factories()[self.name](**kwargs)
+        return optax.chain(made, *after) if after else made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """How some of the parameters are trained.
+
+    Attributes:
+        match: regex searched in the path "a/b/c" of each parameter.
+        multiplier: of the learning rate, and so of decoupled weight decay.
+        update: their optimizer; None: that of all.
+        frozen: they are never updated, have no optimizer state, and no gradient is computed.
+
+    Raises:
+        ValueError: in one line, when the configuration is made.
+    """
+
+    match: str
+    multiplier: float = 1.0
+    update: Annotated[Optax | None, tyro.conf.arg(name="")] = None
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        _check_regex("match", self.match)
+        where = f"group {self.match!r}"
+        if isinstance(self.multiplier, bool) or not isinstance(self.multiplier, (int, float)):
+            raise ValueError(f"{where}: multiplier must be a number, got {self.multiplier!r}")
+        if not (math.isfinite(self.multiplier) and self.multiplier > 0):
+            raise ValueError(
+                f"{where}: multiplier must be finite and positive, got {self.multiplier} "
+                "(frozen=True trains nothing)"
+            )
+        if not isinstance(self.frozen, bool):
+            raise ValueError(f"{where}: frozen must be true or false, got {self.frozen!r}")
+        if self.update is not None:
+            _check_update(f"{where}: update", self.update)
+        if self.frozen and (self.update is not None or self.multiplier != 1):
+            raise ValueError(f"{where}: what is frozen takes no update and no multiplier")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What turns gradients into steps: clip_value, then clip_norm, then `update`.
+    """What turns gradients into steps: clip_value, then clip_norm, then `update` or a group's.
 
     Attributes:
         update: the optimizer; its weight decay skips the parameters of `no_decay`, unless it is
@@ -148,6 +209,10 @@ class Optimizer:
         l2: weight of sum p^2 / 2 in the loss.
         no_decay: regex searched in the path "a/b/c" of each parameter; those where it is found get
             neither weight decay nor L1 nor L2.
+        groups: parameters that are trained otherwise; the first whose regex is found wins, and
+            the clips are of all the parameters together.
+        sam_rho: take the gradient again where it points, this far away (Foret et al. 2021), and
+            step by that one, which doubles the cost; metrics and state are of the first.
 
     Raises:
         ValueError: naming the field, in one line, when the configuration is made.
@@ -158,15 +223,18 @@ class Optimizer:
     clip_value: float | None = None
     l1: float = 0.0
     l2: float = 0.0
-    no_decay: str = r"(^|/)(bias|scale|.*norm.*)(/|$)"
+    no_decay: str = VECTORS
+    groups: tuple[Group, ...] = ()
+    sam_rho: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.update, Optax):
-            raise ValueError(f"update must be an Optax, got {self.update!r}")
-        if not self.update._is_optimizer:
-            raise ValueError(f"update must be an optimizer; {self.update.name!r} is a schedule")
-        for field in ("clip_norm", "clip_value", "l1", "l2"):
-            value, clip = getattr(self, field), field.startswith("clip")
+        _check_update("update", self.update)
+        object.__setattr__(self, "groups", tuple(self.groups))
+        for group in self.groups:
+            if not isinstance(group, Group):
+                raise ValueError(f"groups must be of Group, got {group!r}")
+        for field in ("clip_norm", "clip_value", "sam_rho", "l1", "l2"):
+            value, clip = getattr(self, field), field.startswith(("clip", "sam"))
             if clip and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -174,10 +242,7 @@ class Optimizer:
             if not math.isfinite(value) or value < 0 or (clip and value == 0):
                 bound = "positive" if clip else "not negative"
                 raise ValueError(f"{field} must be finite and {bound}, got {value}")
-        try:
-            re.compile(self.no_decay)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"no_decay is not a regular expression: {error}") from error
+        _check_regex("no_decay", self.no_decay)
         self.make()
 
     def make(self) -> optax.GradientTransformation:
@@ -185,7 +250,73 @@ class Optimizer:
         mask = functools.partial(decay_mask, no_decay=self.no_decay)
         clips = [] if self.clip_value is None else [optax.clip(self.clip_value)]
         clips += [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
-        return _keep_dtypes(optax.chain(*clips, self.update._make(mask)))
+        update = self.update._make(mask)
+        if self.groups:
+            parts = {
+                str(i): optax.set_to_zero()
+                if group.frozen
+                else (group.update or self.update)._make(mask, group.multiplier)
+                for i, group in enumerate(self.groups)
+            }
+            update = optax.partition(parts | {_REST: update}, self._labels)
+        return _keep_dtypes(optax.chain(*clips, update))
+
+    def check(self, params: Any) -> None:
+        """Raises ValueError, in one line, for a group that has none of `params` (arrays or shapes),
+        and where the optimizer cannot train them."""
+        labels = jax.tree.leaves(self._labels(params))
+        for i, group in enumerate(self.groups):
+            if str(i) not in labels:
+                paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+                earlier = any(re.search(group.match, path) for path in paths)
+                which = "that an earlier group leaves; it is" if earlier else "of"
+                some = f"{group.match!r}" if earlier else _some(paths)
+                raise ValueError(f"groups: {group.match!r} matches no parameter {which} {some}")
+        if all(label != _REST and self.groups[int(label)].frozen for label in labels):
+            raise ValueError("groups: every parameter is frozen")
+        try:
+            jax.eval_shape(lambda p: self.make().init(p), params)
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+    def held(self, params: Any) -> Any:
+        """`params`, those that are frozen taken as constants: they have no gradient to compute."""
+        if not any(group.frozen for group in self.groups):
+            return params
+        frozen = {str(i) for i, group in enumerate(self.groups) if group.frozen}
+        return jax.tree.map(
+            lambda p, label: jax.lax.stop_gradient(p) if label in frozen else p,
+            params,
+            self._labels(params),
+        )
+
+    def perturbed(self, params: Any, grads: Any) -> Any:
+        """`params`, `sam_rho` away along the gradient."""
+        norm = optax.tree.norm(grads)
+        scale = jnp.where(norm > 0, (self.sam_rho or 0.0) / norm, 0.0)
+        return jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, grads)
+
+    def eval_params(self, opt_state: Any, params: Any) -> Any:
+        """The parameters to judge: those of training, but the average of a schedule-free method."""
+
+        def found(node: Any) -> bool:
+            return isinstance(node, optax.contrib.ScheduleFreeState)
+
+        for state in filter(found, jax.tree.leaves(opt_state, is_leaf=found)):
+            z = dict(jax.tree_util.tree_leaves_with_path(state.z))
+            average = functools.partial(_average, state, z)
+            params = jax.tree_util.tree_map_with_path(average, params)
+        return params
+
+    def _labels(self, params: Any) -> Any:
+        """A tree like `params` of the groups they are in, by number."""
+
+        def label(key_path: Any, _: Any) -> str:
+            path = path_of(key_path)
+            found = (str(i) for i, g in enumerate(self.groups) if re.search(g.match, path))
+            return next(found, _REST)
+
+        return jax.tree_util.tree_map_with_path(label, params)
 
     def penalty(self, params: Any) -> jax.Array:
         """l1 * sum |p| + l2 / 2 * sum p^2 over the decayed parameters: a scalar, in fp32."""
@@ -199,11 +330,22 @@ class Optimizer:
         return total
 
     def learning_rate(self, step: Any) -> jax.Array | None:
-        """The rate of update number `step` (from 0, may be traced), fp32; None if it has none."""
+        """The rate of update number `step` (from 0, may be traced), fp32; None if it has none.
+
+        It is that of `update`: groups multiply it or have their own.
+        """
         rate = self.update._argument("learning_rate")
         if isinstance(rate, Optax):
             rate = cast(optax.Schedule, rate.make())(step)
+        elif warmup := self.update.kwargs.get("warmup_steps"):  # a schedule-free method's own
+            rate = optax.warmup_constant_schedule(0.0, rate, warmup)(step)
         return None if rate is None else jnp.asarray(rate, jnp.float32)
+
+
+_REST = "rest"
+"""The label of parameters in no group."""
+
+_MATRICES = "muon_weight_dimension_numbers"
 
 
 @functools.cache
@@ -254,14 +396,87 @@ def _plain(where: str, value: Any) -> Any:
     raise ValueError(f"{where} must be {kinds}, got {type(value).__name__}")
 
 
-def _resolve(value: Any, mask: Callable[[Any], Any] | None) -> Any:
+def _resolve(value: Any, mask: Callable[[Any], Any] | None, multiplier: float = 1.0) -> Any:
     if isinstance(value, Optax):
-        return value._make(mask)
+        return value._make(mask, multiplier)
     if isinstance(value, list):
         return tuple(_resolve(v, mask) for v in value)
     if isinstance(value, dict):  # of boundaries and scales, whose steps JSON made strings
         return {int(k) if k.isdigit() else k: _resolve(v, mask) for k, v in value.items()}
     return value
+
+
+def _times(multiplier: float, rate: Any) -> Any:
+    return (lambda step: multiplier * rate(step)) if callable(rate) else multiplier * rate
+
+
+def _average(state: Any, z: dict[Any, jax.Array], path: Any, param: jax.Array) -> jax.Array:
+    if path not in z:  # another group's
+        return param
+    found = optax.contrib.schedule_free_eval_params(state._replace(z=z[path]), param)
+    return found.astype(param.dtype)
+
+
+def _dimension_numbers(params: Any, spec: dict[str, Any] | None) -> Any:
+    """For each parameter the axes that Muon takes for a matrix's, or None where it is not one."""
+
+    def of(key_path: Any, param: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        path = path_of(key_path)
+        if spec is None:
+            matrix = param.ndim in (2, 3) and not re.search(VECTORS, path)
+            axes: Any = (-2, -1) if matrix else None
+        else:
+            axes = next((axes for regex, axes in spec.items() if re.search(regex, path)), None)
+        if axes is None:
+            return None
+        rows, columns = ((a,) if isinstance(a, int) else tuple(a) for a in axes)
+        if max(-a if a < 0 else a + 1 for a in (*rows, *columns)) > param.ndim:
+            raise ValueError(f"{_MATRICES}: {path} has {param.ndim} axes, and {axes} names others")
+        return optax.contrib.MuonDimensionNumbers(rows, columns)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _without_axes(optax_: Optax) -> Optax:
+    """The same, but the axes of matrices, which an example of other parameters need not have."""
+    kept = {k: v for k, v in optax_.kwargs.items() if k != _MATRICES}
+    kwargs = {k: _without_axes(v) if isinstance(v, Optax) else v for k, v in kept.items()}
+    found = copy.copy(optax_)
+    object.__setattr__(found, "kwargs", kwargs)
+    return found
+
+
+def _check_matrices(where: str, spec: Any) -> None:
+    def axes(value: Any) -> bool:
+        return type(value) is int or (
+            isinstance(value, list) and bool(value) and all(type(a) is int for a in value)
+        )
+
+    for regex, pair in spec.items() if isinstance(spec, dict) else [("", spec)]:
+        _check_regex(where, regex)
+        two = isinstance(pair, list) and len(pair) == 2 and all(map(axes, pair))
+        if not (isinstance(spec, dict) and (pair is None or two)):
+            raise ValueError(
+                f"{where} must be {{regex: [reduction axes, output axes]}}, got {spec!r}"
+            )
+
+
+def _check_update(where: str, update: Any) -> None:
+    if not isinstance(update, Optax):
+        raise ValueError(f"{where} must be an Optax, got {update!r}")
+    if not update._is_optimizer:
+        raise ValueError(f"{where} must be an optimizer; {update.name!r} is a schedule")
+
+
+def _check_regex(where: str, regex: Any) -> None:
+    try:
+        re.compile(regex)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{where} is not a regular expression: {error}") from error
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
 def _keep_dtypes(inner: optax.GradientTransformation) -> optax.GradientTransformation:

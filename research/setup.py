@@ -16,7 +16,7 @@ from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.evaluate import Report
 from research.experiment import AVERAGED, Experiment, did_you_mean, value
-from research.modules import compute_in, merged
+from research.modules import compute_in, merged, variables
 from research.tasks import NextToken
 
 
@@ -102,6 +102,10 @@ class Setup:
     def _evaluator(self) -> evaluate.Evaluator:
         return evaluate.Evaluator(self.graph, self.experiment.task, self.mesh)
 
+    def judged(self, state: train.State) -> Any:
+        """The parameters to evaluate and to keep: those of training, or the optimizer's average."""
+        return self.experiment.optimizer.eval_params(state.opt_state, state.params)
+
     def evaluate(self, state: train.State, split: str) -> dict[str, dict[str, float]]:
         """Metrics by row: `split`, and "`split`_ema" where parameters are averaged.
 
@@ -111,7 +115,8 @@ class Setup:
 
     def report(self, state: train.State, split: str) -> dict[str, Report]:
         """The same, with the tables that are no metrics."""
-        rows = {split: state.params} | ({} if state.ema is None else {split + AVERAGED: state.ema})
+        rows = {split: self.judged(state)}
+        rows |= {} if state.ema is None else {split + AVERAGED: state.ema}
         examples = find(self.splits, split)
         return {
             row: self._evaluator(params, state.model_state, state.carry, examples, self.batch_size)
@@ -139,10 +144,21 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
     mesh = experiment.parallel.mesh(batch_size, devices)
+    parts = experiment.accumulate * mesh.size
+    if batch_size % parts:
+        near = max(round(batch_size / parts), 1) * parts
+        raise UserError(
+            f"batch_size {batch_size} does not divide into accumulate = {experiment.accumulate} "
+            f"parts over {mesh.size} devices; nearest that does: {near}"
+        )
     batch = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     if experiment.precision != "float32":
         compute_in(model, jnp.dtype(experiment.precision))
+    try:
+        experiment.optimizer.check(variables(model)[0])
+    except ValueError as error:
+        raise UserError(f"optimizer: {error}") from None
     carries = "reset" in batch
     if carries and not hasattr(model, "initial_carry"):
         raise UserError(

@@ -64,13 +64,11 @@ def train_step(
     # Apart from the keys of the parameters, which are derived from another branch of the root.
     key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
 
-    def loss_of(params: Any) -> tuple[jax.Array, Any]:
-        with merged(setup.graph, params, state.model_state, training=True) as model:
-            loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), state.carry)
-        _, model_state = variables(model)
-        return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
-
-    grads, (metrics, model_state, carry) = jax.grad(loss_of, has_aux=True)(state.params)
+    grads, (metrics, model_state, carry) = gradients(setup, state, state.params, batch, key)
+    if e.optimizer.sam_rho is not None:
+        with jax.named_scope("optimizer"):
+            there = e.optimizer.perturbed(state.params, grads)
+        grads, _ = gradients(setup, state, there, batch, key)
     with jax.named_scope("optimizer"):
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -90,6 +88,49 @@ def train_step(
         ema=ema,
     )
     return state, metrics
+
+
+def gradients(setup: "Setup", state: State, params: Any, batch: Any, key: jax.Array) -> Any:
+    """The gradient at `params`, and (metrics, model state, carry) after the batch."""
+    e = setup.experiment
+
+    def loss_of(params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array) -> Any:
+        params = e.optimizer.held(params)
+        with merged(setup.graph, params, model_state, training=True) as model:
+            loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), carry)
+        _, model_state = variables(model)
+        return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
+
+    grad = jax.grad(loss_of, has_aux=True)
+    n = e.accumulate
+    if n == 1:
+        return grad(params, state.model_state, state.carry, batch, key)
+
+    # Part i has rows i, i + n, ...: each device keeps to the rows that it has.
+    def parts(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
+
+    def whole(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def add(so_far: Any, part: Any) -> Any:
+        total, model_state = so_far
+        batch, carry, key = part
+        grads, (metrics, model_state, carry) = grad(params, model_state, carry, batch, key)
+        # A part's loss is its mean: by its weight, that the sum is the whole batch's.
+        weight = metrics["loss"].weight
+        total = jax.tree.map(lambda t, g: t + weight * g.astype(jnp.float32), total, grads)
+        return (total, model_state), (metrics, carry)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    given = jax.tree.map(parts, (batch, state.carry))
+    (total, model_state), (metrics, carry) = jax.lax.scan(
+        add, (zeros, state.model_state), (*given, jax.random.split(key, n))
+    )
+    metrics, carry = jax.tree.map(lambda x: x.sum(0), metrics), jax.tree.map(whole, carry)
+    weight = jnp.maximum(metrics["loss"].weight, 1e-9)
+    grads = jax.tree.map(lambda t, p: (t / weight).astype(p.dtype), total, params)
+    return grads, (metrics, model_state, carry)
 
 
 def train(

@@ -53,6 +53,28 @@ def test_a_schedule_is_overridden_by_its_own_arguments():
     assert rate.optimizer.update.kwargs["learning_rate"].kwargs["peak_value"] == 0.25
 
 
+def test_a_group_is_overridden_by_its_place(tmp_path, capsys):
+    update = 'Optax("sgd", {"learning_rate": 0.1})'
+    groups = f'(Group(match="layers", update={update}), Group(match="", frozen=True))'
+    (tmp_path / "g.py").write_text(
+        "import dataclasses\n"
+        "from configs import mlp_cancer\n"
+        "from research.optim import Group, Optax, Optimizer\n"
+        "def config():\n"
+        f"    optimizer = Optimizer(update={update}, groups={groups})\n"
+        "    return dataclasses.replace(mlp_cancer.config(), optimizer=optimizer)\n"
+    )
+    config = str(tmp_path / "g.py")
+    first, second = parse(
+        *(config, "--optimizer.groups.0.multiplier", "3", "--optimizer.groups.1.match", "bias"),
+        *("--optimizer.groups.0.learning_rate", "0.5"),
+    ).experiment.optimizer.groups
+    assert (first.multiplier, second.match) == (3.0, "bias")
+    assert first.update.kwargs == {"learning_rate": 0.5}
+    message = error_of(capsys, config, "--optimizer.groups.0.multiplier", "0")
+    assert "group 'layers': multiplier must be finite and positive" in message
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -1,6 +1,7 @@
-"""Optimizers against formulas written here in NumPy, masks and penalties against closed forms."""
+"""Optimizers: all through one table, some against formulas in NumPy; groups, masks, penalties."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -13,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
-from research.optim import Optax, Optimizer, decay_mask, path_of
+from research import checkpoint, compute, experiment, parallel, train
+from research.models.mlp import MLPConfig
+from research.optim import Group, Optax, Optimizer, decay_mask, path_of
+from research.setup import prepare
 
 LINEAR = Optax("linear_schedule", {"init_value": 0.1, "end_value": 0.0, "transition_steps": 2})
 
@@ -121,37 +126,137 @@ def test_steps_are_the_formula(name, kwargs, kernel, bias, rate):
     assert float(traced) == pytest.approx(rates[1])
 
 
-@CASES
-def test_minimises_a_quadratic(name, kwargs, kernel, bias):
-    target = arrays(START)
-    kwargs = kwargs | ({"weight_decay": 1e-3} if name == "adamw" else {})
-    grads = lambda p: jax.tree.map(lambda x, t: x - t, p, target)  # noqa: E731
-    rate = Optax("cosine_decay_schedule", {"init_value": 0.1, "decay_steps": 300})
-    tx = optimizer(name, 0.5 if name == "adagrad" else rate, **kwargs).make()
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(grads(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    zero = jax.tree.map(jnp.zeros_like, target)
-    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=300))((zero, tx.init(zero)))
-    for leaf in target:
-        np.testing.assert_allclose(params[leaf], target[leaf], rtol=1e-2, atol=1e-2)
+# ---- every optimizer, through research.train
 
 
-@CASES
+def named(name, /, **kwargs):
+    return lambda rate: optimizer(name, rate, **kwargs)
+
+
+BASE = Optax("adamw", {"learning_rate": 0.1})
+MUON = Optax("contrib.muon", {"learning_rate": 0.1})
+# What is trained: the optimizer at a rate, its rate, and the batch.
+NAMED: dict[str, Any] = {
+    "sgd, full batch": (named("sgd"), 0.3, None),
+    "sgd, mini-batch": (named("sgd"), 0.3, 16),
+    "sgd, single example": (named("sgd"), 0.05, 1),
+    "momentum": (named("sgd", momentum=0.9), 0.1, 16),
+    "nesterov": (named("sgd", momentum=0.9, nesterov=True), 0.1, 16),
+    "adagrad": (named("adagrad"), 0.5, 16),
+    "rmsprop": (named("rmsprop"), 0.05, 16),
+    "adam": (named("adam"), 0.1, 16),
+    "adamw": (named("adamw", weight_decay=1e-3), 0.1, 16),
+    "lamb": (named("lamb"), 0.1, 16),
+    "lars": (named("lars"), 10.0, 16),
+    "lion": (named("lion"), 0.05, 16),
+    "adafactor": (named("adafactor", min_dim_size_to_factor=2), 0.3, 16),
+    "muon": (named("contrib.muon"), 0.1, 16),
+    "muon and adamw": (
+        lambda rate: Optimizer(update=BASE, groups=(Group(match="kernel", update=at(MUON, rate)),)),
+        0.1,
+        16,
+    ),
+    "schedule-free sgd": (named("contrib.schedule_free_sgd"), 0.5, 16),
+    "schedule-free adamw": (named("contrib.schedule_free_adamw"), 0.1, 16),
+    "schedule-free, any": (named("contrib.schedule_free", base_optimizer=BASE), 0.1, 16),
+    "sam": (lambda rate: dataclasses.replace(optimizer("sgd", rate), sam_rho=0.05), 0.3, 16),
+}
+EVERY = pytest.mark.parametrize("name", NAMED)
+STEPS = 150
+
+
+def at(update, rate):
+    return Optax(update.name, update.kwargs | {"learning_rate": rate})
+
+
+def warm(rate, steps):
+    """From 0 up to a rate in two steps, and down to 0."""
+    kwargs = {"init_value": 0.0, "peak_value": rate, "warmup_steps": 2, "decay_steps": steps}
+    return Optax("warmup_cosine_decay_schedule", kwargs)
+
+
+def batch(setup, step):
+    size, seed = setup.batch_size, setup.experiment.seed
+    return parallel.put(setup.splits["train"].batch(step, size, seed), setup.mesh)
+
+
+def after(setup, state, steps, step=None):
+    """The state after further steps, and the metrics of each."""
+    step, rows = step or setup.step(), []
+    for i in range(int(state.step), int(state.step) + steps):
+        state, metrics = step(state, batch(setup, i), setup.root)
+        rows.append(metrics)
+    return state, rows
+
+
+def bits(tree):
+    return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+
+
+@EVERY
+def test_every_optimizer_learns_a_convex_problem_by_its_schedule(name):
+    make, peak, size = NAMED[name]
+    config = make(warm(peak, STEPS))
+    if name == "muon and adamw":  # whose base has a rate of its own
+        config = dataclasses.replace(config, update=at(BASE, warm(peak, STEPS)))
+    if name == "schedule-free, any":
+        base = at(BASE, warm(peak, STEPS))
+        config = optimizer("contrib.schedule_free", warm(peak, STEPS), base_optimizer=base)
+    setup = prepare(tiny.lines(optimizer=config, batch_size=size), tiny.ONE)
+    assert setup.batch_size == (size or 64)
+    state, step = setup.initial(), setup.step()
+    first = setup.evaluate(state, "validation")["validation"]["loss"]
+    before = jax.device_get(state.params)
+    state, _ = after(setup, state, 1, step)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, state.params)
+    state, rows = after(setup, state, STEPS - 1, step)
+    assert setup.evaluate(state, "validation")["validation"]["loss"] < 0.05 * first
+    rates = [float(row["learning_rate"].total) for row in rows]
+    want = [float(warm(peak, STEPS).make()(i)) for i in range(1, STEPS)]
+    assert rates == pytest.approx(want, rel=1e-4)
+    assert step._cache_size() == 1, "compiled again"
+
+
+@EVERY
+def test_every_optimizer_trains_a_network_and_is_restored_bit_for_bit(name, tmp_path):
+    make, peak, size = NAMED[name]
+    model = MLPConfig(features=5, sizes=(8, 3))
+    e = tiny.mlp(model=model, optimizer=make(peak), batch_size=size, steps=40, save_every=20)
+    setup = prepare(e, tiny.ONE)
+    first = setup.evaluate(setup.initial(), "validation")["validation"]["loss"]
+    summary = train.train(setup, tmp_path, quiet=True)
+    assert summary.metrics["validation"]["loss"] < first - 0.5
+    half, end = (
+        checkpoint.read(tmp_path / "checkpoints", i, setup.abstract, setup.shardings)[1]
+        for i in (20, 40)
+    )
+    assert jax.tree.structure(half) == jax.tree.structure(setup.abstract)
+    again, _ = after(setup, half, 20)
+    assert bits(again) == bits(end)
+
+
+@EVERY
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_keeps_the_dtype(name, kwargs, kernel, bias, dtype):
-    if name == "adamw":  # a scheduled decay is what optax itself would promote
-        kwargs = {"weight_decay": LINEAR}
-    for rate in (0.1, np.float64(0.1), LINEAR):
-        config = dataclasses.replace(optimizer(name, rate, **kwargs), clip_norm=1.0, clip_value=1.0)
-        params = arrays(START, dtype)
-        updates = step_of(config, arrays(GRADS[0], dtype), params)
-        path, traces = run(config, arrays(GRADS, dtype), params)
-        assert {x.dtype for x in jax.tree.leaves((updates, path))} == {jnp.dtype(dtype)}
-        assert traces == 1
+def test_every_optimizer_keeps_the_dtype(name, dtype):
+    make, peak, size = NAMED[name]
+    for rate in (peak, np.float64(peak), warm(peak, 9)):
+        config = dataclasses.replace(make(rate), clip_norm=1.0, clip_value=1.0)
+        if name == "adamw":  # a scheduled decay is what optax itself would promote
+            config = optimizer(name, rate, weight_decay=LINEAR)
+        setup = prepare(tiny.lines(optimizer=config, batch_size=size), tiny.ONE)
+        state = setup.initial()
+        params = arrays(state.params, dtype)
+        state = dataclasses.replace(state, params=params, opt_state=setup.optimizer.init(params))
+        new, _ = jax.eval_shape(
+            functools.partial(train.train_step, setup), state, batch(setup, 0), setup.root
+        )
+        kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(t)] for t in (state, new)]
+        assert kinds[0] == kinds[1]
+        found = config.eval_params(state.opt_state, state.params)
+        assert {x.dtype for x in jax.tree.leaves((new.params, found))} == {jnp.dtype(dtype)}
+
+
+# ---- dtypes, masks, clips and penalties by themselves
 
 
 def test_state_keeps_its_dtype_and_grads_that_of_params():
@@ -198,9 +303,7 @@ def test_weight_decay_shrinks_only_kernels(name):
     config = optimizer(name, 0.5, weight_decay=0.25)
     after = step_of(config, jax.tree.map(jnp.zeros_like, params), params)
     for path, update in by_path(after).items():
-        # Muon's part of optax leaves what is not a matrix to an Adam without decay.
-        decayed = path in DECAYED and not (name == "contrib.muon" and update.ndim == 3)
-        want = -0.5 * 0.25 * by_path(params)[path] if decayed else jnp.zeros_like(update)
+        want = -0.5 * 0.25 * by_path(params)[path] if path in DECAYED else jnp.zeros_like(update)
         np.testing.assert_array_equal(update, want, err_msg=path)
 
 
@@ -363,6 +466,16 @@ NUMBER = "must be a number or a schedule"
         ("adamw", {"learning_rate": 1, "mask": {"a": True}}, "adamw: optax says: pytree structure"),
         ("rprop", {"learning_rate": LINEAR}, "rprop: optax says: "),
         ("lbfgs", {"learning_rate": 1.0}, "lbfgs: optax says: scale_by_zoom_linesearch"),
+        *(
+            ("contrib.muon", {"learning_rate": 1.0, "muon_weight_dimension_numbers": axes}, message)
+            for axes, message in [
+                ({"(": None}, "contrib.muon: muon_weight_dimension_numbers is not a regular expre"),
+                *(
+                    (a, "contrib.muon: muon_weight_dimension_numbers must be {regex: [reduction ax")
+                    for a in ([-2, -1], {"a": -1}, {"a": [-1]}, {"a": [0, 1.5]}, {"a": [[], 1]})
+                ),
+            ]
+        ),
         pytest.param(
             "contrib.dpsgd",
             {"learning_rate": 1.0, "l2_norm_clip": 1.0, "noise_multiplier": 1.0, "seed": 0},
@@ -393,6 +506,8 @@ def test_optax_refuses(name, kwargs, message):
         ({"l2": "1"}, "l2 must be a number, got '1'"),
         ({"l2": True}, "l2 must be a number, got True"),
         ({"l1": None}, "l1 must be a number, got None"),
+        ({"sam_rho": 0.0}, "sam_rho must be finite and positive, got 0.0"),
+        ({"groups": ("head",)}, "groups must be of Group, got 'head'"),
         ({"no_decay": "("}, "no_decay is not a regular expression: missing ), unterminated"),
         (
             {"update": Optax("novograd", {"learning_rate": 0.1, "weight_decay": 0.1})},
@@ -407,3 +522,323 @@ def test_optax_refuses(name, kwargs, message):
 def test_optimizer_refuses(fields, message):
     with pytest.raises(ValueError, match=rf"\A{re.escape(message)}.*\Z"):
         Optimizer(**{"update": SGD} | fields)
+
+
+# ---- groups
+
+
+def test_the_first_group_that_matches_multiplies_the_rate():
+    params, grads = arrays(MODEL), arrays(jax.tree.map(np.ones_like, MODEL))
+    groups = (
+        Group(match="bias", multiplier=3.0),
+        Group(match="^layers/", multiplier=0.5),
+        Group(match="^stack/", update=Optax("sgd", {"learning_rate": LINEAR}), multiplier=2.0),
+    )
+    config = dataclasses.replace(optimizer("sgd", 0.1), groups=groups)
+    want = {
+        "layers/0/kernel": 0.05,
+        "layers/0/bias": 0.3,
+        "layers/1/norm/scale": 0.05,
+        "stack/attention/kernel": 0.2,
+        "stack/attention/bias": 0.3,
+        "stack/ffn_norm/scale": 0.2,
+        "embed/embedding": 0.1,
+    }
+    path, traces = run(config, [grads, grads], params)
+    moved = by_path(jax.tree.map(lambda p, q: p - q, params, path[0]))
+    for name, step in want.items():
+        np.testing.assert_allclose(moved[name], step, rtol=1e-5, err_msg=name)
+    # The schedule of the third group has come to half of its rate.
+    moved = by_path(jax.tree.map(lambda p, q: p - q, *path))
+    np.testing.assert_allclose(moved["stack/attention/kernel"], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(moved["embed/embedding"], 0.1, rtol=1e-5)
+    assert traces == 1
+    assert config.learning_rate(0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", [*(n for n in NAMED if n != "muon and adamw"), "no rate"])
+def test_a_multiplier_is_another_learning_rate(name):
+    """Schedule-free steps, which are averages, and the adaptive rates are no exception."""
+    draw = np.random.default_rng(0).normal
+    params = arrays({"kernel": draw(size=(4, 3)), "bias": draw(size=3)})
+    grads = [arrays(jax.tree.map(lambda p: draw(size=p.shape), params)) for _ in range(3)]
+    make = NAMED[name][0] if name in NAMED else lambda rate: Optimizer(update=Optax("adafactor"))
+    for rate in (0.1, LINEAR):
+        double = Group(match="", multiplier=2.0, update=make(rate).update)
+        path, _ = run(Optimizer(update=SGD, groups=(double,)), grads, params)
+        if name not in NAMED:
+            (first,), _ = run(make(rate), grads[:1], params)
+            want = jax.tree.map(lambda p, q: p + 2 * (q - p), params, first)
+            jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-5), path[0], want)
+            continue
+        twice = (
+            2 * rate
+            if rate == 0.1
+            else dataclasses.replace(LINEAR, kwargs=LINEAR.kwargs | {"init_value": 0.2})
+        )
+        update = make(twice).update
+        if "base_optimizer" in update.kwargs:
+            base = Optax("adamw", {"learning_rate": 0.2})
+            update = Optax(update.name, update.kwargs | {"base_optimizer": base})
+        want, _ = run(Optimizer(update=update), grads, params)
+        jax.tree.map(
+            lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-5, atol=1e-6), path, want
+        )
+
+
+def test_a_group_with_its_own_optimizer_is_that_optimizer_alone():
+    params = arrays(MODEL)
+    draw = np.random.default_rng(0).normal
+    grads = [arrays(jax.tree.map(lambda p: draw(size=p.shape), MODEL)) for _ in range(3)]
+    adamw = Optax("adamw", {"learning_rate": 0.1, "weight_decay": 0.3})
+    config = Optimizer(update=adamw, groups=(Group(match="kernel", update=MUON),))
+    path, traces = run(config, grads, params)
+    alone = {
+        name: run(Optimizer(update=u), grads, params)[0] for name, u in [("m", MUON), ("a", adamw)]
+    }
+    for step in range(3):
+        for name, value in by_path(path[step]).items():
+            which = "m" if "kernel" in name else "a"
+            np.testing.assert_array_equal(value, by_path(alone[which][step])[name], err_msg=name)
+    assert traces == 1
+
+
+def test_what_is_frozen_stays_and_has_no_state():
+    params, grads = arrays(MODEL), arrays(MODEL)
+    adam = optimizer("adamw", 0.1, weight_decay=0.3)
+    config = dataclasses.replace(adam, groups=(Group(match="^(stack|embed)/", frozen=True),))
+    path, _ = run(config, [grads], params)
+    for name, value in by_path(path[0]).items():
+        held = name.startswith(("stack", "embed"))
+        assert bool(jnp.all(value == by_path(params)[name])) is held, name
+    state = jax.eval_shape(config.make().init, params)
+    moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.shape]
+    assert sorted(moments) == sorted([(2, 3), (3,), (3,)] * 2)
+
+
+def flops(e, phase="backward"):
+    """By module."""
+    setup = prepare(e, tiny.ONE)
+    found = compute.count(setup.step().trace(*setup.abstract_example()))
+    assert found.exact
+    return {m: n for (p, m, *_), n in found.matmul.items() if p == phase}
+
+
+@pytest.mark.parametrize(
+    ("match", "products"),
+    [(None, (1, 2)), ("layers/0", (0, 1)), ("layers/1", (1, 1)), ("layers/[01]/bias", (1, 2))],
+)
+def test_the_backward_pass_of_what_is_frozen_is_not_computed(match, products):
+    """The first layer has the product for its kernel's gradient, the second that for its inputs'
+    too. Nothing is behind the first, and the second passes on what the first needs alone."""
+    groups = () if match is None else (Group(match=match, frozen=True),)
+    e = tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=groups))
+    forward, backward = flops(e, "forward"), flops(e)
+    sizes = [2 * 16 * 5 * 8, 2 * 16 * 8 * 3]
+    assert list(forward.values()) == sizes
+    assert sum(backward.values()) == sum(n * size for n, size in zip(products, sizes, strict=True))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_frozen_layers_of_a_transformer_only_pass_gradients_on(scan):
+    model = dataclasses.replace(tiny.transformer().model, scan=scan)
+    group = Group(match="^layers/", frozen=True)
+    frozen = dataclasses.replace(tiny.ADAMW, groups=(group,))
+    whole, less = (tiny.transformer(model=model, optimizer=o) for o in (tiny.ADAMW, frozen))
+    forward, before, now = flops(whole, "forward"), flops(whole), flops(less)
+    kernels = [m for m in forward if m.endswith(("qkv", "out", "up", "down"))]
+    assert len(kernels) == 4
+    for module in kernels:
+        assert before[module] == 2 * forward[module]
+        assert now[module] == forward[module]
+    rest = set(before) - set(kernels)
+    assert {m: now[m] for m in rest} == {m: before[m] for m in rest}
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            [Group(match="haed", multiplier=2.0)],
+            "optimizer: groups: 'haed' matches no parameter of layers/0/bias, layers/0/kernel, ",
+        ),
+        (
+            [Group(match="layers/1"), Group(match="1/bias", frozen=True)],
+            "optimizer: groups: '1/bias' matches no parameter that an earlier group leaves",
+        ),
+        ([Group(match="", frozen=True)], "optimizer: groups: every parameter is frozen"),
+        (
+            [
+                Group(
+                    match="bias",
+                    update=Optax(
+                        MUON.name,
+                        MUON.kwargs
+                        | {"muon_weight_dimension_numbers": {"bias": [0, 1], "kernel": [0, 1]}},
+                    ),
+                )
+            ],
+            "optimizer: muon_weight_dimension_numbers: layers/0/bias has 1 axes, and [0, 1] names",
+        ),
+    ],
+)
+def test_groups_that_do_not_fit_the_model(groups, message):
+    e = tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=tuple(groups)))
+    with pytest.raises(experiment.UserError, match=rf"\A{re.escape(message)}[^\n]*\Z"):
+        prepare(e, tiny.ONE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"match": "("}, "match is not a regular expression: missing )"),
+        ({"match": None}, "match is not a regular expression: "),
+        (
+            {"multiplier": 0},
+            "group 'a': multiplier must be finite and positive, got 0 (frozen=True",
+        ),
+        ({"multiplier": "2"}, "group 'a': multiplier must be a number, got '2'"),
+        ({"frozen": 1}, "group 'a': frozen must be true or false, got 1"),
+        ({"update": LINEAR}, "group 'a': update must be an optimizer; 'linear_schedule' is a sche"),
+        (
+            {"frozen": True, "multiplier": 2.0},
+            "group 'a': what is frozen takes no update and no mu",
+        ),
+        ({"frozen": True, "update": SGD}, "group 'a': what is frozen takes no update and no mu"),
+    ],
+)
+def test_group_refuses(fields, message):
+    with pytest.raises(ValueError, match=rf"\A{re.escape(message)}.*\Z"):
+        Group(**{"match": "a"} | fields)
+
+
+def test_groups_survive_json():
+    axes = {"qkv": [-4, [-3, -2, -1]], "embed": None, "kernel": [-2, -1]}
+    muon = Optax(MUON.name, MUON.kwargs | {"muon_weight_dimension_numbers": axes})
+    groups = (Group(match="^embed", multiplier=2.0), Group(match="kernel", update=muon))
+    config = tiny.transformer(optimizer=Optimizer(update=SGD, groups=groups, sam_rho=0.1))
+    text = experiment.dumps(config)
+    assert experiment.from_json(json.loads(text), allow=["tiny"]) == config
+
+
+# ---- matrices of Muon
+
+
+def layer(stack, i):
+    return jax.tree.map(lambda x: x[i], stack)
+
+
+def same(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def test_a_stack_of_layers_is_a_matrix_a_layer():
+    draw = np.random.default_rng(0).normal
+    params = {"kernel": draw(size=(3, 4, 2)), "bias": draw(size=(3, 2)), "norm": draw(size=(3, 4))}
+    grads = jax.tree.map(lambda p: draw(size=p.shape), params)
+    config = Optimizer(update=Optax(MUON.name, MUON.kwargs | {"weight_decay": 0.1}))
+    stacked = step_of(config, arrays(grads), arrays(params))
+    for i in range(3):
+        grad, param = arrays(layer(grads, i)), arrays(layer(params, i))
+        same(layer(stacked, i), step_of(config, grad, param))
+        # Newton and Schulz bring the singular values near 1; the rate and the decay are 0.1.
+        step = (stacked["kernel"][i] + 0.01 * param["kernel"]) / 0.1
+        assert np.all(np.abs(np.linalg.svd(step, compute_uv=False) - 0.95) < 0.35)
+
+
+def test_axes_are_given_by_path():
+    draw = np.random.default_rng(0).normal
+    kernel = draw(size=(2, 6, 3, 2, 2)).astype(np.float32)  # layers, inputs, and three of outputs
+    axes = {"qkv": [-4, [-3, -2, -1]], "kernel": None}
+    config = Optimizer(
+        update=Optax(MUON.name, MUON.kwargs | {"muon_weight_dimension_numbers": axes})
+    )
+    params = arrays({"qkv": {"kernel": kernel}, "out": {"kernel": kernel[0, :, 0, 0]}})
+    step = step_of(config, params, params)
+    flat = {"kernel": arrays(kernel[1].reshape(6, 12))}
+    alone = step_of(Optimizer(update=MUON), flat, flat)["kernel"]
+    np.testing.assert_allclose(step["qkv"]["kernel"][1].reshape(6, 12), alone, rtol=1e-4, atol=1e-6)
+    adam = step_of(optimizer("adam", 0.1, nesterov=True), params["out"], params["out"])
+    np.testing.assert_allclose(step["out"]["kernel"], adam["kernel"], rtol=1e-5)
+
+
+def test_a_scanned_transformer_is_trained_as_one_that_is_not():
+    axes = {"qkv/kernel": [-4, [-3, -2, -1]], "mlp/(up|down)/kernel": [-2, -1]}
+    muon = Optax(MUON.name, {"learning_rate": 0.02, "muon_weight_dimension_numbers": axes})
+    draw = np.random.default_rng(0).normal
+    setup = prepare(tiny.transformer(), tiny.ONE)  # its layers are scanned
+    stack = jax.tree.map(lambda p: draw(size=p.shape), setup.abstract.params["layers"])
+    config = Optimizer(update=SGD, groups=(Group(match="kernel", update=muon),))
+    stacked = arrays({"layers": stack})
+    apart = arrays({"layers": {0: layer(stack, 0), 1: layer(stack, 1)}})
+    stacked, apart = (jax.jit(functools.partial(step_of, config))(p, p) for p in (stacked, apart))
+    for i in range(2):
+        same(layer(stacked["layers"], i), apart["layers"][i])
+
+
+# ---- schedule-free methods, and SAM
+
+
+def test_a_schedule_free_method_is_judged_by_its_average():
+    free = Optax("contrib.schedule_free_sgd", {"learning_rate": 0.5, "warmup_steps": 4})
+    whole = Optimizer(update=free)
+    group = Optimizer(update=SGD, groups=(Group(match="kernel", update=free),))
+    for config in (whole, group):
+        setup = prepare(tiny.lines(optimizer=config), tiny.ONE)
+        state, rows = after(setup, setup.initial(), 8)
+        judged = setup.judged(state)
+        inner = [
+            leaf
+            for leaf in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "weight_sum"))
+            if hasattr(leaf, "weight_sum")
+        ]
+        z, y = (by_path(t) for t in (inner[0].z, state.params))
+        for path, x in by_path(judged).items():
+            want = (y[path] - 0.1 * z[path]) / 0.9 if path in z else y[path]
+            np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-6)
+        assert set(z) == {p for p in y if config is whole or "kernel" in p}
+        there = dataclasses.replace(state, params=judged, opt_state=())
+        plain = prepare(tiny.lines(), tiny.ONE)
+        assert setup.evaluate(state, "validation") == plain.evaluate(there, "validation")
+        if config is whole:
+            rates = [float(row["learning_rate"].total) for row in rows]
+            assert rates == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5])
+
+
+def test_sam_steps_by_the_gradient_uphill(tmp_path):
+    config = tiny.sgd(0.1, sam_rho=0.2)
+    state = tiny.final_state(tiny.scale(steps=1, optimizer=config), tmp_path)
+    x = tiny.Identity().load()["train"].rows["inputs"]
+
+    def gradient(w):
+        return (2 * (w * x - 2 * x) * x).mean(0) / 5
+
+    first = gradient(0.5)
+    second = gradient(0.5 + 0.2 * first / np.linalg.norm(first))
+    np.testing.assert_allclose(state.params["w"], 0.5 - 0.1 * second, rtol=1e-5)
+    row = tiny.rows(tmp_path)[0]
+    np.testing.assert_allclose(row["loss"], ((1.5 * x) ** 2).mean(), rtol=1e-6)
+    np.testing.assert_allclose(row["grad_norm"], np.linalg.norm(second), rtol=1e-5)
+    zeros = {"w": jnp.zeros(5)}
+    np.testing.assert_array_equal(config.perturbed(zeros, zeros)["w"], 0)
+
+
+@pytest.mark.parametrize("family", [tiny.mlp, tiny.lstm, tiny.transformer])
+def test_sam_costs_two_steps(family):
+    for phase in ("forward", "backward"):
+        once, twice = (
+            flops(family(optimizer=tiny.sgd(0.1, sam_rho=r)), phase) for r in (None, 1.0)
+        )
+        assert twice == {module: 2 * n for module, n in once.items()}
+
+
+def test_sam_leaves_running_statistics_and_the_carry_as_one_step_does():
+    model = dataclasses.replace(tiny.lstm().model, layers=1)
+    for family in (tiny.norm, functools.partial(tiny.lstm, model=model)):
+        states = []
+        for rho in (None, 0.5):
+            setup = prepare(family(optimizer=tiny.sgd(0.1, sam_rho=rho)), tiny.ONE)
+            states.append(after(setup, setup.initial(), 1)[0])
+        a, b = states
+        assert bits((a.model_state, a.carry)) == bits((b.model_state, b.carry))
+        assert bits(a.params) != bits(b.params)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from research import UserError, checkpoint, parallel, record, train
+from research import UserError, checkpoint, compute, parallel, record, train
 from research.data.splits import Examples
 from research.experiment import EarlyStop, Target
 from research.models.lstm import LSTMConfig
@@ -106,6 +106,87 @@ def test_full_batch_mini_batch_and_single_example(batch_size, examples, tmp_path
     setup = prepare(tiny.mlp(batch_size=batch_size, steps=3), ONE)
     train.train(setup, tmp_path, quiet=True)
     assert sizes[:3] == [examples] * 3
+
+
+def plain(family, **fields):
+    """Without dropout, which draws anew for each part of a batch."""
+    e = family(**{"optimizer": tiny.sgd(0.1, l2=0.1)} | fields)
+    if hasattr(e.model, "dropout"):
+        e = dataclasses.replace(e, model=dataclasses.replace(e.model, dropout=0.0))
+    return e
+
+
+def stepped(experiment, devices=ONE, steps=2, weights=None):
+    """The state after some steps, and the metrics of the last."""
+    setup = prepare(experiment, devices)
+    state, step = setup.initial(), setup.step()
+    for i in range(steps):
+        batch = setup.splits["train"].batch(i, setup.batch_size, 0)
+        if weights is not None:
+            batch["weights"] = weights.astype(np.float32)
+        state, metrics = step(state, parallel.put(batch, setup.mesh), setup.root)
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("family", [tiny.mlp, tiny.lstm, tiny.transformer])
+def test_a_batch_in_parts_is_the_batch(family):
+    """The parameters, the optimizer's state, the carry of every row, and the metrics."""
+    whole = stepped(plain(family))
+    parts = stepped(plain(family, accumulate=4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+    hits = [found[1]["accuracy"] for found in (whole, parts)]
+    assert hits[0] == hits[1]
+    spread = stepped(plain(family, accumulate=2), EIGHT)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, spread)
+
+
+def test_parts_count_by_their_weights():
+    weights = np.arange(16.0) % 5
+    weights[3::4] = 0  # a part that counts nothing
+    whole, parts = (stepped(plain(tiny.mlp, accumulate=n), weights=weights) for n in (1, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+    assert parts[1]["accuracy"].weight == weights.sum()
+
+
+def test_the_gradient_of_sam_is_taken_in_parts_too():
+    sam = tiny.sgd(0.1, sam_rho=0.5)
+    whole, parts = (stepped(plain(tiny.mlp, optimizer=sam, accumulate=n)) for n in (1, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_cost_what_the_batch_does(family):
+    counts = []
+    for n in (1, 4):
+        setup = prepare(family(accumulate=n), ONE)
+        counts.append(compute.count(setup.step().trace(*setup.abstract_example())))
+    assert counts[0].matmul == counts[1].matmul
+    assert counts[1].exact
+
+
+def test_parts_go_through_running_statistics_in_turn_and_draw_their_own_dropout():
+    state, _ = stepped(tiny.norm(accumulate=2, optimizer=tiny.sgd(0.0)), steps=1)
+    batch = prepare(tiny.norm(), ONE).splits["train"].batch(0, 16, 0)["inputs"]
+    first, second = batch[::2].mean(0), batch[1::2].mean(0)
+    np.testing.assert_allclose(
+        state.model_state["norm"]["mean"], 0.25 * first + 0.5 * second, atol=1e-6
+    )
+    same = tiny.Points().load()["train"].rows
+    twice = {k: np.repeat(v[:8], 2, axis=0) for k, v in same.items()}  # both parts are alike
+    setup = prepare(tiny.mlp(accumulate=2), ONE)
+    both = parallel.put(twice | {"weights": np.ones(16, np.float32)}, setup.mesh)
+    _, metrics = setup.step()(setup.initial(), both, setup.root)
+    setup = prepare(tiny.mlp(batch_size=8), ONE)
+    one = {k: v[::2] for k, v in twice.items()} | {"weights": np.ones(8, np.float32)}
+    _, alone = setup.step()(setup.initial(), parallel.put(one, setup.mesh), setup.root)
+    assert not np.isclose(metrics["loss"].total, 2 * alone["loss"].total, rtol=1e-3)
+
+
+def test_a_run_in_parts_resumes_bit_for_bit(tmp_path):
+    whole = tiny.final_state(tiny.lstm(steps=6, accumulate=2), tmp_path / "whole")
+    tiny.final_state(tiny.lstm(steps=3, accumulate=2), tmp_path / "parts")
+    parts = tiny.final_state(tiny.lstm(steps=6, accumulate=2), tmp_path / "parts")
+    assert bits(whole) == bits(parts)
 
 
 def test_one_sgd_step_is_the_gradient_by_hand(tmp_path):
@@ -331,6 +412,11 @@ def test_the_carry_is_saved_and_matters(tmp_path):
         ),
         (tiny.mlp(batch_size=65), "batch_size 65 exceeds the 64 training examples"),
         (tiny.mlp(batch_size=12), "batch_size 12 does not divide over 8 devices"),
+        (
+            tiny.mlp(accumulate=3),
+            "batch_size 16 does not divide into accumulate = 3 parts over 8 devices; "
+            "nearest that does: 24",
+        ),
         (tiny.mlp(eval_split="test"), "the data has no split 'test'; known: train, validation"),
         (
             tiny.mlp(target=Target(metric="acuracy", value=1.0, split="train")),

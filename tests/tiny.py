@@ -112,6 +112,18 @@ class Identity:
         return {"train": split, "validation": split}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lines:
+    """Targets that are affine in the inputs."""
+
+    def load(self):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(64, 5)).astype(np.float32)
+        y = (x @ rng.normal(size=(5, 3)) + rng.normal(size=3)).astype(np.float32)
+        split = Examples({"inputs": x, "targets": y})
+        return {"train": split, "validation": split}
+
+
 ADAMW = Optimizer(update=Optax("adamw", {"learning_rate": 0.01, "weight_decay": 0.1}))
 
 
@@ -172,6 +184,12 @@ def norm(**fields):
 def scale(**fields):
     given = {"model": ScaleConfig(), "task": Regress(), "data": Identity(), "steps": 3}
     return mlp(**given | fields)
+
+
+def lines(**fields):
+    """Least squares: convex, with the least loss 0."""
+    model = MLPConfig(features=5, sizes=(3,))
+    return mlp(**{"model": model, "task": Regress(), "data": Lines()} | fields)
 
 
 ONE = jax.devices()[:1]
