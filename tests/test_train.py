@@ -12,7 +12,7 @@ from research.models.mlp import MLPConfig
 from research.parallel import Parallel
 from research.setup import prepare
 
-FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.norm, tiny.resnet, tiny.vit]
+FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.resnet, tiny.vit]
 ONE, EIGHT = tiny.ONE, jax.devices()
 
 
