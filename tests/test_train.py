@@ -15,7 +15,7 @@ from research.parallel import Parallel
 from research.setup import prepare
 from research.tasks import BinaryClassify
 
-FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.norm, tiny.resnet, tiny.vit]
+FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.resnet, tiny.vit]
 ONE, EIGHT = tiny.ONE, jax.devices()
 
 
