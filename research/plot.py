@@ -122,6 +122,8 @@ def roofline(report: Report, out: Path) -> Path:
             "no rates are known for this device: run scripts/benchmark.py peaks, or use one that "
             "chips.toml has"
         )
+    if not report.program.by_dtype:
+        raise UserError("this step executes no matrix products: there is nothing to draw")
     run, total = report.program, max(report.program.matmul_flops, 1)
     points = {m: (f / b, f) for m, (f, b) in run.by_module.items() if f and b}
     points = dict(sorted(points.items(), key=lambda item: -item[1][1])[: len(_COLOURS)])

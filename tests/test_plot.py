@@ -253,3 +253,10 @@ def test_a_roof_needs_rates(step, tmp_path):
     with pytest.raises(UserError, match="no peak is known for float32"):
         plot.roofline(dataclasses.replace(step, rates=[bare]), tmp_path / "roof.svg")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_without_products_has_no_roofline(tmp_path):
+    rates = roofline.of_chip(chips.chips()["h100-sxm"])
+    step = dataclasses.replace(compute.report(jnp.tanh, jnp.ones(4)), rates=[rates])
+    with pytest.raises(UserError, match="no matrix products"):
+        plot.roofline(step, tmp_path / "roof.svg")

@@ -165,11 +165,12 @@ def test_a_time_that_cannot_be_is_refused(found, seconds):
 
 
 def test_arguments_by_the_names_of_the_pages_rows():
-    def f(code):
-        return code @ code
-
-    page = str(compute.report(f, jnp.ones((8, 8))))
-    assert f"  {'code':40}{256:>22,}" in page
+    found = compute.report(lambda code: code @ code, jnp.ones((8, 8)))
+    memory = dataclasses.replace(found.program.memory, code=100)
+    program = dataclasses.replace(found.program, memory=memory)
+    page = str(dataclasses.replace(found, program=program))
+    for size in (256, 100):
+        assert f"  {'code':40}{size:>22,}" in page
 
 
 def test_a_program_in_primitives_that_do_not_lower_by_themselves():
