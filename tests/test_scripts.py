@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,13 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(trained, tmp_path):
     ok("train", *whole, tmp_path / "whole")
     ends = [json.loads((p / "summary.json").read_text()) for p in (workdir, tmp_path / "whole")]
     assert ends[0]["metrics"] == ends[1]["metrics"]
+
+
+def test_the_loop_is_measured_beside_the_bare_step():
+    out = ok("benchmark", "loop", *MLP, "--rounds", "1")
+    bare, within, ratio = (float(re.search(r"\d+\.\d+", line)[0]) for line in out.splitlines())
+    assert min(bare, within) > 0
+    assert ratio == pytest.approx(within / bare, rel=0.1)  # of figures rounded to 0.01 ms
 
 
 def test_ngram_prints_both_smoothings():

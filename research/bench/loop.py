@@ -51,11 +51,11 @@ def overhead(experiment: Experiment, rounds: int) -> Overhead:
     )
     step = setup.step().lower(*setup.example()).compile()
     pairs = [(bare(setup, step, experiment.steps, chunk), _loop(setup)) for _ in range(rounds)]
-    ratios = [loop / bare for bare, loop in pairs]
-    bare, loop = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
+    ratios = [within / alone for alone, within in pairs]
+    bare_ms, loop_ms = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
     return Overhead(
-        bare_ms=bare,
-        loop_ms=loop,
+        bare_ms=bare_ms,
+        loop_ms=loop_ms,
         ratio=statistics.median(ratios),
         spread=(min(ratios), max(ratios)),
     )
