@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from made import abstract, normal, scrambled
 from torch_reference import close, gradients, leaves
 
 from research import compute
@@ -34,22 +35,7 @@ def attention(causal):
     """The graph of one, and normal numbers for its parameters."""
     made = nnx.eval_shape(lambda: Attention(MEAN, causal, nnx.Rngs(params=jax.random.key(0))))
     graph, params = nnx.split(made)
-    rng = np.random.default_rng(0)
-    params = nnx.to_pure_dict(params)
-    return graph, jax.tree.map(lambda p: jnp.float32(rng.normal(0, 0.5, p.shape)), params)
-
-
-@functools.cache
-def abstract(config):
-    """The module as it is made, with shapes for arrays."""
-    return nnx.eval_shape(lambda: config.make(nnx.Rngs(params=jax.random.key(0))))
-
-
-def scrambled(config):
-    """Normal numbers for every parameter, biases and scales too."""
-    rng = np.random.default_rng(0)
-    params = nnx.to_pure_dict(nnx.state(abstract(config)))
-    return jax.tree.map(lambda p: jnp.float32(rng.normal(0, 0.5, p.shape)), params)
+    return graph, normal(nnx.to_pure_dict(params))
 
 
 @functools.partial(jax.jit, static_argnums=0)

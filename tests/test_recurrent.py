@@ -10,6 +10,7 @@ import optax
 import pytest
 import tiny
 from flax import nnx
+from made import abstract, initial, normal
 
 from research import UserError, compute
 from research.data.splits import Examples
@@ -34,22 +35,10 @@ def recurrent(cell, **fields):
     return RecurrentConfig(**{"cell": cell, "features": 3, "width": 4, "outputs": 2} | fields)
 
 
-def abstract(config):
-    """The module as it is made, with shapes for arrays."""
-    return nnx.eval_shape(lambda: config.make(nnx.Rngs(params=jax.random.key(0))))
-
-
-@functools.cache
-def initial(config):
-    return nnx.to_pure_dict(nnx.state(config.make(nnx.Rngs(params=jax.random.key(0)))))
-
-
 def scrambled(config):
     """The module's graph, and normal numbers for every parameter, biases too."""
     graph, params = nnx.split(abstract(config))
-    rng = np.random.default_rng(0)
-    params = nnx.to_pure_dict(params)
-    return graph, jax.tree.map(lambda p: jnp.float32(rng.normal(0, 0.7, p.shape)), params)
+    return graph, normal(nnx.to_pure_dict(params), scale=0.7)
 
 
 def vectors(*shape, seed=1):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from made import assert_kept_alone, images
 from torch_reference import close, gradients, leaves
 
 from research import parallel
@@ -25,10 +26,6 @@ VARIANTS = {
 }
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 KEY = jax.random.key(1)
-
-
-def images(*shape, seed=1):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @functools.cache
@@ -207,14 +204,7 @@ def test_branches_are_dropped_by_example_at_a_rate_that_rises_to_the_last():
     params["head"]["kernel"] += jnp.eye(4, 3)
     y, _ = run(DEEP, params, statistics, images(4096, 2, 2, 2), KEY, training=True)
     keep = 1 - 0.8 * np.arange(1, 5) / 4
-    kept = np.empty((4096, 4), bool)
-    rest = np.array(y[:, 0], np.float64)
-    for n in reversed(range(4)):
-        kept[:, n] = rest > 0.9 * 10**n / keep[n]
-        rest -= kept[:, n] * 10**n / keep[n]
-    np.testing.assert_allclose(rest, 0, atol=1e-2)
-    np.testing.assert_allclose(kept.mean(0), keep, atol=0.03)
-    assert np.all(np.abs(np.corrcoef(kept.T) - np.eye(4)) < 0.06)
+    assert_kept_alone(y[:, 0], keep)
     close(y.mean(0) / 1111, np.ones(3), 0.1)
     assert np.all(y == y[:, :1])  # the whole of a branch, or nothing of it
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from made import abstract, initial, scrambled
 
 from research.models.layers import _rotate
 from research.models.transformer import TransformerConfig
@@ -37,23 +38,6 @@ VARIANTS = {
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 TOKENS = np.asarray([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], np.int32)
-
-
-def abstract(config):
-    """The module as it is made, with shapes for arrays."""
-    return nnx.eval_shape(lambda: config.make(nnx.Rngs(params=jax.random.key(0))))
-
-
-@functools.cache
-def initial(config):
-    return nnx.to_pure_dict(nnx.state(config.make(nnx.Rngs(params=jax.random.key(0)))))
-
-
-def scrambled(config):
-    """Normal numbers for every parameter, biases and scales too."""
-    rng = np.random.default_rng(0)
-    params = nnx.to_pure_dict(nnx.state(abstract(config)))
-    return jax.tree.map(lambda p: jnp.float32(rng.normal(0, 0.5, p.shape)), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

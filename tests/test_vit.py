@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from made import abstract, assert_kept_alone, images, scrambled
 from torch_reference import close, gradients, leaves
 
 from research import compute
@@ -20,23 +21,6 @@ VARIANTS = {
     "scanned": dataclasses.replace(VIT, scan=True, remat="full"),
 }
 KEY = jax.random.key(1)
-
-
-def images(*shape, seed=1):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@functools.cache
-def abstract(config):
-    """The module as it is made, with shapes for arrays."""
-    return nnx.eval_shape(lambda: config.make(nnx.Rngs(params=jax.random.key(0))))
-
-
-def scrambled(config):
-    """Normal numbers for every parameter, biases and scales too."""
-    rng = np.random.default_rng(0)
-    params = nnx.to_pure_dict(nnx.state(abstract(config)))
-    return jax.tree.map(lambda p: jnp.float32(rng.normal(0, 0.5, p.shape)), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -154,13 +138,7 @@ def test_branches_are_dropped_by_example_at_a_rate_that_rises_to_the_last(scan):
     y = np.asarray(draw(KEY))
     assert np.all(y == y[:, :1, :1])  # an example's branch is kept whole or dropped whole
     keep = 1 - rate * np.array([0.5, 0.5, 1, 1])
-    rest, kept = y[:, 0, 0].astype(np.float64), np.empty((4096, 4), bool)
-    for n in reversed(range(4)):
-        kept[:, n] = rest > 0.9 * 10**n / keep[n]
-        rest -= kept[:, n] * 10**n / keep[n]
-    np.testing.assert_allclose(rest, 0, atol=1e-2)
-    np.testing.assert_allclose(kept.mean(0), keep, atol=0.03)
-    assert np.all(np.abs(np.corrcoef(kept.T) - np.eye(4)) < 0.06)
+    assert_kept_alone(y[:, 0, 0], keep)
     np.testing.assert_allclose(y.mean() / 1111, 1, atol=0.1)
 
 

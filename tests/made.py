@@ -1,0 +1,45 @@
+"""Models as their configs make them, for the tests: shapes, initial parameters, any parameters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+@functools.cache
+def abstract(config):
+    """The module as it is made, with shapes for arrays."""
+    return nnx.eval_shape(lambda: config.make(nnx.Rngs(params=jax.random.key(0))))
+
+
+@functools.cache
+def initial(config):
+    return nnx.to_pure_dict(nnx.state(config.make(nnx.Rngs(params=jax.random.key(0)))))
+
+
+def scrambled(config):
+    """Normal numbers for every parameter, biases and scales too."""
+    return normal(nnx.to_pure_dict(nnx.state(abstract(config))))
+
+
+def normal(shapes, scale=0.5):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: jnp.float32(rng.normal(0, scale, p.shape)), shapes)
+
+
+def images(*shape, seed=1):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_kept_alone(sums, keep):
+    """That residual branches, of which the nth adds 10^n / keep[n] where it is kept, are each kept
+    with its own probability, and independently. sums [examples]: what they add up to."""
+    rest, kept = np.array(sums, np.float64), np.empty((len(sums), len(keep)), bool)
+    for n in reversed(range(len(keep))):
+        kept[:, n] = rest > 0.9 * 10**n / keep[n]
+        rest -= kept[:, n] * 10**n / keep[n]
+    np.testing.assert_allclose(rest, 0, atol=1e-2)
+    np.testing.assert_allclose(kept.mean(0), keep, atol=0.03)
+    assert np.all(np.abs(np.corrcoef(kept.T) - np.eye(len(keep))) < 0.06)
