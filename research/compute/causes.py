@@ -73,8 +73,8 @@ def executed(count: Count, program: Program) -> list[Difference]:
         if path.rpartition("/")[2] not in rules.APART and not path.endswith("_callback")
     }
     padded = {module_of(path)[1] for path in program.padded}
-    filled = {module_of(path)[1] for path, n in program.filled.items() if n}
-    ungrouped = {module_of(path)[1] for path, n in program.ungrouped.items() if n}
+    filled = {module_of(path)[1] for path in program.filled}
+    ungrouped = {module_of(path)[1] for path in program.ungrouped}
 
     found: dict[str, Counter[str]] = {}
 

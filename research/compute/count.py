@@ -152,6 +152,7 @@ def low(traced: Any) -> Any:
 
 
 def trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A jax.stages.Traced. Raises ValueError, in one line, for what cannot be traced."""
     if not callable(fn) and not hasattr(fn, "jaxpr"):
         raise ValueError(f"count needs a function or a jax.stages.Traced, not {fn!r}")
     if hasattr(fn, "jaxpr") and (args or kwargs):
@@ -162,7 +163,7 @@ def trace(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             jitted = isinstance(fn, jax.stages.Wrapped) and hasattr(fn, "trace")
             traced = (fn if jitted else jax.jit(fn)).trace(*args, **kwargs)
             traced = getattr(traced, "traced", traced)  # nnx.jit wraps what jax.jit gives
-        low(traced)
+        low(traced)  # may raise too; jax keeps what it gives
         return traced
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]

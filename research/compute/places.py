@@ -14,8 +14,8 @@ _RECOMPUTED = "rematted_computation"
 _UNNAMED = frozenset(("", CAUSAL, "checkpoint", _RECOMPUTED))
 """Scopes that are no module; nor are the subscripts by which einsum names its products."""
 _CONTROL = re.compile(
-    r"while|body|cond|closed_call|eval_jaxpr|core_call|call|custom_[jv][jvm]p_call\w*|remat2?|shard_map|scan|"
-    r"pallas_call|branch_\d+_fun|\w*p?jit\(.*"
+    r"while|body|cond|closed_call|eval_jaxpr|core_call|call|custom_(jvp|vjp)_call\w*|remat2?|"
+    r"shard_map|scan|pallas_call|branch_\d+_fun"
 )
 """What the path of an operation in a compiled program has besides the scopes."""
 

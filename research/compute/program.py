@@ -134,14 +134,14 @@ class Program:
     """Executions of what has no rule here, by name; they count no FLOPs."""
     reasons: list[str] = dataclasses.field(default_factory=list)
     """Why matmul_flops and collectives are not exact, besides unknown."""
-    opaque: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By path, executions of what is unknown."""
-    padded: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By path, FLOPs of products whose operands the compiler has padded; in `products` too."""
-    filled: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By path, convolutions some padding or holes of which it has written out as zeros."""
-    ungrouped: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By path, convolutions of all channels with all."""
+    opaque: set[str] = dataclasses.field(default_factory=set)
+    """Paths of what is unknown."""
+    padded: set[str] = dataclasses.field(default_factory=set)
+    """Paths of products whose operands the compiler has padded."""
+    filled: set[str] = dataclasses.field(default_factory=set)
+    """Paths of convolutions some padding or holes of which it has written out as zeros."""
+    ungrouped: set[str] = dataclasses.field(default_factory=set)
+    """Paths of convolutions of all channels with all."""
     once: tuple[int, int] = (0, 0)
     """FLOPs of products, and of elementwise operations and reductions, with the body of every
     loop once and custom calls left out: what XLA's cost_analysis counts."""
@@ -305,10 +305,10 @@ class _Cost:
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
     """By the collective, its own count left at 0."""
     unknown: Counter[str] = dataclasses.field(default_factory=Counter)
-    opaque: Counter[str] = dataclasses.field(default_factory=Counter)
-    padded: Counter[str] = dataclasses.field(default_factory=Counter)
-    filled: Counter[str] = dataclasses.field(default_factory=Counter)
-    ungrouped: Counter[str] = dataclasses.field(default_factory=Counter)
+    opaque: set[str] = dataclasses.field(default_factory=set)
+    padded: set[str] = dataclasses.field(default_factory=set)
+    filled: set[str] = dataclasses.field(default_factory=set)
+    ungrouped: set[str] = dataclasses.field(default_factory=set)
     reasons: dict[str, None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -327,7 +327,7 @@ class _Cost:
 
     def miss(self, path: str, name: str) -> None:
         self.unknown[name] += 1
-        self.opaque[path] += 1
+        self.opaque.add(path)
 
     def add(self, other: "_Cost", times: int = 1) -> None:
         self.products_once += other.products_once
@@ -338,10 +338,10 @@ class _Cost:
         _scale(self.moved, other.moved, times)
         _scale(self.collectives, other.collectives, times)
         _scale(self.unknown, other.unknown, times)
-        _scale(self.opaque, other.opaque, times)
-        _scale(self.padded, other.padded, times)
-        _scale(self.filled, other.filled, times)
-        _scale(self.ungrouped, other.ungrouped, times)
+        self.opaque |= other.opaque
+        self.padded |= other.padded
+        self.filled |= other.filled
+        self.ungrouped |= other.ungrouped
         self.reasons.update(other.reasons)
 
 
@@ -398,7 +398,7 @@ class _Walk:
             flops = _dot(i, operands, result)
             total.product(path, "dot", _dtype(i, operands), flops)
             if any(self.padded(frame, name) for name in i.operands):
-                total.padded[path] += flops
+                total.padded.add(path)
         elif opcode == "ragged-dot":
             total.product(path, "dot", _dtype(i, operands), _ragged(i, operands))
         elif opcode == "convolution":
@@ -422,9 +422,10 @@ class _Walk:
                 found = dataclasses.replace(found, kind="reduce-scatter")
             total.collectives[found] += 1
         if opcode in ("convolution", "custom-call") and "dim_labels" in i.attributes:
-            total.filled[path] += any(self.zeros(frame, name) for name in i.operands)
-            groups = i.dims("feature_group_count") + i.dims("batch_group_count")
-            total.ungrouped[path] += not groups
+            if any(self.zeros(frame, name) for name in i.operands):
+                total.filled.add(path)
+            if not i.dims("feature_group_count") + i.dims("batch_group_count"):
+                total.ungrouped.add(path)
         if opcode in ("dot", "convolution") and any(s.dynamic for s in operands):
             total.reasons[f"{opcode}: a dynamic size counted at its bound"] = None
         if not (frame.fused or opcode in _FREE or _MARKS.fullmatch(_target(i))):
