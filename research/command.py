@@ -188,6 +188,16 @@ def one_line_errors() -> Iterator[None]:
         fail(" ".join(str(error).split()))
 
 
+def write_json(path: pathlib.Path | None, value: Any) -> None:
+    """What --json asks for, as strict JSON; nothing without a path."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+
+
 def fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,7 +1,6 @@
 """Prints what a config's step costs: as written, as compiled, and on this machine's device."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -42,8 +41,7 @@ def main() -> None:
         if options.plot:
             plot.roofline(found, options.plot)
     print(found)
-    if options.json:
-        options.json.write_text(json.dumps(found.json(), indent=2) + "\n")
+    command.write_json(options.json, found.json())
 
 
 if __name__ == "__main__":

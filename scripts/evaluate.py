@@ -47,12 +47,11 @@ def main() -> None:
         for name, table in tables.items():
             if len(table) <= 20 or options.confusion:
                 print(run.matrix(name, table))
-    if options.json:
-        first, *averaged = (found._asdict() for found in rows.values())
-        found = {"step": step, "split": options.split, **first}
-        if averaged:
-            found["ema"] = averaged[0]
-        options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+    first, *averaged = (found._asdict() for found in rows.values())
+    found = {"step": step, "split": options.split, **first}
+    if averaged:
+        found["ema"] = averaged[0]
+    command.write_json(options.json, found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -174,3 +175,13 @@ def test_a_field_that_is_true_or_false_takes_the_word(value):
     options = parse("configs/transformer_text.py", "--model.bias", str(value), "--flag")
     assert options.experiment.model.bias is value
     assert options.flag is True
+
+
+def test_json_that_cannot_be_written_is_an_error_of_one_line(tmp_path, capsys):
+    command.write_json(None, {})
+    command.write_json(tmp_path / "a.json", {"a": [1]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1]}
+    with pytest.raises(SystemExit, match="2"):
+        command.write_json(tmp_path / "missing" / "a.json", {})
+    expected = f"error: cannot write {tmp_path}/missing/a.json: No such file or directory\n"
+    assert capsys.readouterr().err == expected

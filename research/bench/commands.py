@@ -1,7 +1,6 @@
 """The measurements of scripts/benchmark.py: options, and what is printed."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -92,9 +91,9 @@ def the_peaks(argv: list[str]) -> None:
             largest = size == found.bandwidth[-1][0]
             published = chip.memory_bandwidth if chip and largest else None
             print(_row(f"{size / 2**20:g} MiB", rate, published, 1e9))
-        if options.json:
-            options.json.write_text(json.dumps(peaks.to_json(found), indent=2) + "\n")
-        print(f"\nkept in {peaks.save(found)}")
+        kept = peaks.save(found)
+        command.write_json(options.json, peaks.to_json(found))
+        print(f"\nkept in {kept}")
 
 
 def _row(name: str, rate: float, published: float | None, scale: float) -> str:
@@ -131,8 +130,7 @@ def the_ledger(argv: list[str]) -> None:
             print(f"\n{metering.table(costs)}")
             share = 100 * seconds / metering.STEP
             print(f"metering a step: {1e6 * seconds:.0f} us, {share:.2f}% of one of 20 ms")
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
+        command.write_json(options.json, found)
 
 
 KINDS = {"ngram": ngrams, "loop": the_loop, "peaks": the_peaks, "ledger": the_ledger}
