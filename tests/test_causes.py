@@ -294,6 +294,21 @@ def test_a_loops_body_counts_once_for_xla():
     assert loops == -99 * ONE
 
 
+def test_custom_calls_are_not_counted_by_xla():
+    text = """HloModule jit_f
+
+ENTRY %main (w: f32[64,64], x: f32[64,64]) -> f32[64,64] {
+  %w = f32[64,64]{1,0} parameter(0)
+  %x = f32[64,64]{1,0} parameter(1)
+  %y = f32[64,64]{1,0} custom-call(%x, %w), custom_call_target="__onednn$matmul", backend_config={"onednn_matmul_config":{}}
+  ROOT %dot = f32[64,64]{1,0} dot(%y, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""  # noqa: E501
+    found = read(text)
+    assert found.matmul_flops == 2 * ONE
+    assert causes.reported(found, ONE) == [causes.Difference(causes.CALLS, -ONE)]
+
+
 def test_a_backend_without_figures_has_none():
     class Silent:
         def cost_analysis(self):

@@ -77,6 +77,7 @@ def test_utilization_by_hand():
     found = roofline.utilization({"bfloat16": 10**13}, 1e-1, 16, V5E)
     assert found.value == pytest.approx(1e13 / (0.1 * 16 * 197e12))
     assert str(found) == "3.2%"
+    assert roofline.utilization({"bfloat16": 197 * 10**12}, 1.0, 1, V5E).value == 1
 
 
 def test_mixed_precisions_each_have_their_peak():
@@ -119,6 +120,7 @@ def test_bfloat16_that_is_asked_for_as_an_algorithm_is_bfloat16():
 @pytest.mark.parametrize(
     ("by_dtype", "seconds", "rates", "reason"),
     [
+        ({"bfloat16": 199 * 10**12}, 1.0, V5E, "101% of the peak of TPU v5e"),
         ({"bfloat16": 10**12}, 1e-3, V5E, "508% of the peak of TPU v5e"),
         ({"bfloat16": 1}, 0.0, V5E, "cannot take 0.0 seconds"),
         ({"bfloat16": 1}, -1.0, V5E, "cannot take -1.0 seconds"),
