@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from research import UserError
@@ -81,18 +82,41 @@ def read(path: pathlib.Path, step: int | None, abstract: Any, shardings: Any) ->
 
     Raises UserError where there is none, naming those there are.
     """
-    if not path.is_dir():
-        raise UserError(f"{path.parent} has no checkpoints yet")
+    step = find(path, step)
     with Checkpoints(path, keep=None) as saved:
-        steps = saved.steps()
-        if not steps:
-            raise UserError(f"{path.parent} has no checkpoints yet")
-        if step is not None and step not in steps:
-            raise UserError(
-                f"no checkpoint of step {step}; there are: {', '.join(map(str, steps))}"
-            )
-        step = steps[-1] if step is None else step
         return step, saved.restore(step, abstract, shardings)[0]
+
+
+def steps(path: pathlib.Path) -> list[int]:
+    """The steps that checkpoints are there of; opens nothing."""
+    return sorted(int(folder.name) for folder in path.glob("*") if folder.name.isdigit())
+
+
+def find(path: pathlib.Path, step: int | None) -> int:
+    """The step itself, or the newest. Raises UserError where there is no checkpoint of it."""
+    there = steps(path)
+    if not there:
+        raise UserError(f"{path.parent} has no checkpoints yet")
+    if step is not None and step not in there:
+        known = ", ".join(map(str, there))
+        raise UserError(f"{path.parent} has no checkpoint of step {step}; there are: {known}")
+    return there[-1] if step is None else step
+
+
+def outline(path: pathlib.Path, step: int) -> Any:
+    """A checkpoint's state as Orbax stores it, dictionaries and lists, with each array's shape."""
+    return ocp.PyTreeCheckpointHandler().metadata(_state(path, step)).tree
+
+
+def arrays(path: pathlib.Path, step: int, part: Any) -> Any:
+    """The arrays, in NumPy, of a part of what `outline` gave; nothing else is read."""
+    kind = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+    args = ocp.args.PyTreeRestore(item=part, restore_args=kind, partial_restore=True)
+    return ocp.PyTreeCheckpointHandler().restore(_state(path, step), args=args)
+
+
+def _state(path: pathlib.Path, step: int) -> pathlib.Path:
+    return path.resolve() / str(step) / "state"
 
 
 def _fields(state: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from annotated_types import Ge, Interval
 from flax import nnx
 
 from research import UserError
+from research.init_from import InitFrom
 from research.optim import Optimizer
 from research.parallel import Parallel
 
@@ -152,6 +153,7 @@ class Experiment:
     memory. Batch statistics are those of a part, and dropout draws anew for each."""
     seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     """Decides the initial parameters, the order of the data and dropout."""
+    init_from: InitFrom = InitFrom()
     precision: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in. Parameters, norms, softmax and the loss are float32 in both."""
     parallel: Parallel = Parallel()

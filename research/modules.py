@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,11 +36,27 @@ def compute_in(model: nnx.Module, dtype: Any) -> None:
 
 
 @contextlib.contextmanager
-def merged(graph: nnx.GraphDef, params: Any, model_state: Any, *, training: bool) -> Iterator[Any]:
-    """The module, in its training or evaluation form, every submodule's call in its own scope."""
+def merged(
+    graph: nnx.GraphDef,
+    params: Any,
+    model_state: Any,
+    *,
+    training: bool,
+    frozen: Callable[[str], bool] = lambda path: False,
+) -> Iterator[Any]:
+    """The module, in its training or evaluation form, every submodule's call in its own scope.
+
+    frozen: whether the parameter at a path "a/b" is. A batch norm with no other parameters keeps
+    its running statistics and is normalised by them in training too: it stays the function it was.
+    """
     model: Any = nnx.merge(graph, params, model_state, copy=True)
     if training:
         model.train()
+        for path, module in nnx.iter_modules(model):
+            own = [name for name, x in vars(module).items() if isinstance(x, nnx.Param)]
+            held = all(frozen("/".join(map(str, (*path, name)))) for name in own)
+            if isinstance(module, nnx.BatchNorm) and own and held:
+                module.eval()
     else:
         model.eval()
     with scopes(model):

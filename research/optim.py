@@ -279,16 +279,18 @@ class Optimizer:
         except ValueError as error:
             raise ValueError(" ".join(str(error).split())) from error
 
+    def frozen(self, path: str) -> bool:
+        """Whether the parameter at a path is never updated."""
+        label = self._label(path)
+        return label != _REST and self.groups[int(label)].frozen
+
     def held(self, params: Any) -> Any:
         """`params`, those that are frozen taken as constants: they have no gradient to compute."""
-        if not any(group.frozen for group in self.groups):
-            return params
-        frozen = {str(i) for i, group in enumerate(self.groups) if group.frozen}
-        return jax.tree.map(
-            lambda p, label: jax.lax.stop_gradient(p) if label in frozen else p,
-            params,
-            self._labels(params),
-        )
+
+        def hold(key_path: Any, p: Any) -> Any:
+            return jax.lax.stop_gradient(p) if self.frozen(path_of(key_path)) else p
+
+        return jax.tree_util.tree_map_with_path(hold, params)
 
     def perturbed(self, params: Any, grads: Any) -> Any:
         """`params`, `sam_rho` away along the gradient."""
@@ -311,12 +313,11 @@ class Optimizer:
     def _labels(self, params: Any) -> Any:
         """A tree like `params` of the groups they are in, by number."""
 
-        def label(key_path: Any, _: Any) -> str:
-            path = path_of(key_path)
-            found = (str(i) for i, g in enumerate(self.groups) if re.search(g.match, path))
-            return next(found, _REST)
+        return jax.tree_util.tree_map_with_path(lambda path, _: self._label(path_of(path)), params)
 
-        return jax.tree_util.tree_map_with_path(label, params)
+    def _label(self, path: str) -> str:
+        found = (str(i) for i, g in enumerate(self.groups) if re.search(g.match, path))
+        return next(found, _REST)
 
     def penalty(self, params: Any) -> jax.Array:
         """l1 * sum |p| + l2 / 2 * sum p^2 over the decayed parameters: a scalar, in fp32."""

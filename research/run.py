@@ -1,7 +1,7 @@
 """The run directory: what a run leaves behind, and what a continued run may change.
 
-config.json  environment.json  compute.json  metrics.jsonl  log.txt  tensorboard/  checkpoints/
-summary.json  table.txt
+config.json  environment.json  init_from.json  compute.json  metrics.jsonl  log.txt
+tensorboard/  checkpoints/  summary.json  table.txt
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from research import UserError, record
+from research import UserError, checkpoint, record
 from research import experiment as experiments
 from research.environment import environment
 from research.experiment import Experiment, Target
@@ -69,7 +69,7 @@ def check(workdir: pathlib.Path, new: Experiment, fingerprint: str) -> list[str]
         if {path.name for path in workdir.iterdir()} - {"environment.json"}:
             raise UserError(f"{workdir} is not empty and holds no config.json: not a run directory")
         return []
-    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    saved = checkpoint.steps(workdir / "checkpoints")
     if not saved:  # nothing has been trained yet that a change could spoil
         return []
     before = experiments.completed(read(workdir, "config.json"), new)

@@ -16,6 +16,7 @@ from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.evaluate import Report
 from research.experiment import AVERAGED, Experiment, did_you_mean, value
+from research.init_from import Loaded, flat, load
 from research.modules import compute_in, merged, variables
 from research.tasks import NextToken
 
@@ -42,7 +43,7 @@ class Setup:
 
     @functools.cached_property
     def abstract(self) -> train.State:
-        return jax.eval_shape(functools.partial(train.init, self), self._abstract_root)
+        return jax.eval_shape(functools.partial(train.init, self, given={}), self._abstract_root)
 
     @functools.cached_property
     def _abstract_root(self) -> jax.ShapeDtypeStruct:
@@ -59,10 +60,16 @@ class Setup:
     def parameters(self) -> int:
         return sum(p.size for p in jax.tree.leaves(self.abstract.params))
 
-    def initial(self) -> train.State:
+    def load(self) -> Loaded | None:
+        """What `init_from` names, read and checked against the model. Raises UserError."""
+        return load(self.experiment.init_from, self.abstract.params, self.abstract.model_state)
+
+    def initial(self, loaded: Loaded | None = None) -> train.State:
         """The state before the first step, every array made where it belongs."""
         init = jax.jit(functools.partial(train.init, self), out_shardings=self.shardings)
-        return init(self.root)
+        given = {} if loaded is None else dict(loaded.arrays)
+        places = flat(self.shardings.params) | flat(self.shardings.model_state)
+        return init(self.root, jax.device_put(given, {name: places[name] for name in given}))
 
     def step(self) -> Any:
         """The jitted step: (state, batch, root) -> (state, metrics); the state is donated."""

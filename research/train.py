@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from research import checkpoint, compute, parallel, run, timing
 from research.data import splits
 from research.evaluate import mean
+from research.init_from import replaced
 from research.modules import merged, variables
 from research.tasks import Mean
 
@@ -40,11 +42,14 @@ class State:
     """Early stopping: the best value so far, its step, and the evaluations since."""
 
 
-def init(setup: "Setup", root: jax.Array) -> State:
-    """The state before the first step; traced, so that every array is made where it belongs."""
+def init(setup: "Setup", root: jax.Array, given: Mapping[str, jax.Array]) -> State:
+    """The state before the first step; traced, so that every array is made where it belongs.
+
+    given: parameters and running statistics to start from, by path; the others are initialised.
+    """
     e = setup.experiment
     model: Any = e.model.make(nnx.Rngs(params=jax.random.fold_in(root, 0)))
-    params, model_state = variables(model)
+    params, model_state = (replaced(part, given) for part in variables(model))
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -96,7 +101,9 @@ def gradients(setup: "Setup", state: State, params: Any, batch: Any, key: jax.Ar
 
     def loss_of(params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array) -> Any:
         params = e.optimizer.held(params)
-        with merged(setup.graph, params, model_state, training=True) as model:
+        with merged(
+            setup.graph, params, model_state, training=True, frozen=e.optimizer.frozen
+        ) as model:
             loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), carry)
         _, model_state = variables(model)
         return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
@@ -148,7 +155,11 @@ def train(
     news = run.check(workdir, e, setup.fingerprint)
     if finished := run.finished(workdir, e, news):
         return finished
+    loaded = None if checkpoint.steps(workdir / "checkpoints") else setup.load()
     run.start(workdir, e, setup.fingerprint)
+    if loaded is not None:
+        run.write_json(workdir, "init_from.json", loaded.json())
+        news = [*news, loaded.line()]
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", e.keep))
         start, before = saved.latest() or 0, 0.0
@@ -161,7 +172,7 @@ def train(
             if start:
                 state, before = saved.restore(start, setup.abstract, setup.shardings)
             else:
-                state = setup.initial()
+                state = setup.initial(loaded)
         log = stack.enter_context(run.recorder(workdir, e, start, ledger.count.model_flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
         asked = stack.enter_context(checkpoint.stop_requested())

@@ -494,6 +494,6 @@ def test_dropout_draws_from_other_keys_than_the_parameters():
     root = jax.random.key(0)
     with jax.disable_jit(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.random, "fold_in", spy)
-        train.init(setup, root)
+        train.init(setup, root, {})
     assert (np.asarray(jax.random.key_data(root)).tobytes(), 0) in drawn
     assert (np.asarray(jax.random.key_data(root)).tobytes(), 1) not in drawn

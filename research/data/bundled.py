@@ -34,17 +34,31 @@ class Digits:
     """Each pixel becomes a square of this many: 4 gives the 32x32 that LeNet-5 reads."""
     split: Annotated[int, Ge(0)] = 0
     """Seed of the division into splits."""
+    classes: tuple[int, ...] = tuple(range(10))
+    """The digits that are there; targets are their places in this list."""
+    train: Annotated[int, Ge(1)] | None = None
+    """Training images kept, of the first of the split; None: all."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) < 2 or not set(self.classes) <= set(range(10)):
+            raise ValueError(f"classes must be two or more of 0 to 9, not {self.classes}")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes has a digit twice: {self.classes}")
 
     def load(self) -> Mapping[str, Examples]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images = (digits.images / 16).astype(np.float32)
+        there = np.isin(digits.target, self.classes)
+        images = (digits.images[there] / 16).astype(np.float32)
         images = images.repeat(self.upscale, axis=1).repeat(self.upscale, axis=2)[..., None]
-        labels = digits.target.astype(np.int32)
+        place = {digit: i for i, digit in enumerate(self.classes)}
+        labels = np.array([place[digit] for digit in digits.target[there]], np.int32)
+        rows = _three_ways(labels, self.split)
+        rows["train"] = rows["train"][: self.train]
         return {
-            name: Examples({"inputs": images[rows], "targets": labels[rows]})
-            for name, rows in _three_ways(labels, self.split).items()
+            name: Examples({"inputs": images[index], "targets": labels[index]})
+            for name, index in rows.items()
         }
 
 
