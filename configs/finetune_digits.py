@@ -1,4 +1,4 @@
-"""Fine-tuning: the CNN of the digits 0 to 4 goes on with 40 examples of 5 to 9.
+"""Fine-tuning: the CNN of the digits 0 to 4 goes on with 20 examples of 5 to 9.
 
     python scripts/train.py configs/pretrain_digits.py --workdir runs/pretrain_digits
     for k in 0 1 2; do

@@ -1,4 +1,4 @@
-"""A linear probe: how much of the digits 5 to 9 is in features learnt from 0 to 4, by 40 examples.
+"""A linear probe: how much of the digits 5 to 9 is in features learnt from 0 to 4, by 20 examples.
 
     python scripts/train.py configs/pretrain_digits.py --workdir runs/pretrain_digits
     for k in 0 1 2; do
@@ -22,13 +22,13 @@ def config() -> Experiment:
         # No dropout: the features are given.
         model=CNNConfig(image=(16, 16, 1), classes=5),
         task=Classify(),
-        data=Digits(upscale=2, classes=(5, 6, 7, 8, 9), train=40),
+        data=Digits(upscale=2, classes=(5, 6, 7, 8, 9), train=20),
         init_from=InitFrom(path="runs/pretrain_digits", fresh="^head"),
         optimizer=Optimizer(
             update=Optax("adamw", {"learning_rate": 1e-2, "weight_decay": 0.01}),
             groups=(Group(match="^(?!head)", frozen=True),),
         ),
-        batch_size=40,
+        batch_size=20,
         steps=200,
         log_every=20,
         eval_every=100,

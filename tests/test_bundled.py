@@ -51,6 +51,27 @@ def test_split_seed_decides_the_splits(source):
         assert changed != mark
 
 
+def test_some_digits_and_some_of_their_training_images():
+    images, digits = load_digits().images, load_digits().target
+    whole = Digits(classes=(7, 2)).load()
+    found = Counter()
+    for split in whole.values():
+        pixels = np.round(split.rows["inputs"][..., 0] * 16).astype(images.dtype)
+        found += identities(pixels, np.array([7, 2])[split.rows["targets"]])
+    there = np.isin(digits, (7, 2))
+    assert found == identities(images[there], digits[there])
+    few = Digits(classes=(7, 2), train=5).load()
+    for key in ("inputs", "targets"):
+        np.testing.assert_array_equal(few["train"].rows[key], whole["train"].rows[key][:5])
+        np.testing.assert_array_equal(few["test"].rows[key], whole["test"].rows[key])
+
+
+@pytest.mark.parametrize("classes", [(), (3,), (3, 3, 4), (3, 10)])
+def test_classes_that_are_none(classes):
+    with pytest.raises(ValueError, match="classes"):
+        Digits(classes=classes)
+
+
 @pytest.mark.parametrize("split", [0, 7])
 def test_digits_are_each_in_one_split(split):
     digits = load_digits()

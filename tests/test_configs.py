@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from research import command, compute, experiment, parallel
+from research import command, compute, experiment, init_from, parallel
 from research.compute import causes
 from research.setup import prepare
 
@@ -34,8 +34,9 @@ def test_one_shrunken_step(path):
     assert math.isfinite(metrics["loss"].total)
     # A warm-up may begin at a rate of zero: the second step moves every parameter then.
     state, _ = setup.step()(state, batch, setup.root)
-    moved = jax.tree.map(lambda a, b: np.any(a != b), before, jax.device_get(state.params))
-    assert all(jax.tree.leaves(moved)), moved
+    after, frozen = jax.device_get(state.params), whole.optimizer.frozen
+    for name, value in init_from.flat(before).items():
+        assert np.any(value != init_from.flat(after)[name]) != frozen(name), name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
