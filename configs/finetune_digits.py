@@ -1,4 +1,4 @@
-"""Fine-tuning: the CNN of the digits 0 to 4 goes on with 20 examples of 5 to 9.
+"""Fine-tuning: the CNN of the digits 0 to 4 goes on with 40 examples of 5 to 9.
 
     python scripts/train.py configs/pretrain_digits.py --workdir runs/pretrain_digits
     for k in 0 1 2; do
@@ -6,13 +6,15 @@
             --workdir runs/finetune_$k
     done
 
-RESULT
+Three splits: test accuracy 93.3%, 97.8%, 97.8%; mean 96.3, standard deviation 2.6; target 90%. From
+scratch (`--init_from.path None --init_from.fresh None`) 91.1%, 97.2%, 96.1%; mean 94.8. One run takes 9 s
+on 2 busy CPU cores, 3 s of it in its 200 steps.
 """
 
 import dataclasses
 
 from configs import probe_digits
-from research.experiment import Experiment
+from research.experiment import Experiment, Target
 from research.models.cnn import CNNConfig
 from research.optim import Group, Optax, Optimizer
 
@@ -21,6 +23,7 @@ def config() -> Experiment:
     """`probe_digits`, with the layers below the head trained too, at a tenth of its rate."""
     return dataclasses.replace(
         probe_digits.config(),
+        target=Target(metric="accuracy", value=0.90, split="test"),
         model=CNNConfig(image=(16, 16, 1), classes=5, dropout=0.25),
         optimizer=Optimizer(
             update=Optax("adamw", {"learning_rate": 1e-2, "weight_decay": 0.01}),
