@@ -251,7 +251,7 @@ class Group:
         if not isinstance(self.frozen, bool):
             raise ValueError(f"{where}: frozen must be true or false, got {self.frozen!r}")
         if self.update is not None:
-            _check_update(f"{where}: update", self.update)
+            _check_update(f"{where}: update", self.update, self)
         if self.frozen and (self.update is not None or self.multiplier != 1):
             raise ValueError(f"{where}: what is frozen takes no update and no multiplier")
 
@@ -288,7 +288,7 @@ class Optimizer:
     sam_rho: float | None = None
 
     def __post_init__(self) -> None:
-        _check_update("update", self.update)
+        _check_update("update", self.update, self)
         object.__setattr__(self, "groups", tuple(self.groups))
         for group in self.groups:
             if not isinstance(group, Group):
@@ -537,7 +537,7 @@ def _check_matrices(where: str, spec: Any) -> None:
             )
 
 
-def _check_update(where: str, update: Any) -> None:
+def _check_update(where: str, update: Any, of: Any) -> None:
     dataclass = dataclasses.is_dataclass(update) and not isinstance(update, type)
     if not (dataclass and isinstance(update, Update)):
         raise ValueError(
@@ -546,6 +546,11 @@ def _check_update(where: str, update: Any) -> None:
         )
     if isinstance(update, Optax) and update.is_schedule:
         raise ValueError(f"{where} must be an optimizer; {update.name!r} is a schedule")
+    both: tuple[Any, Any] = (update, of)  # whose fields the command line has side by side
+    names, taken = ({field.name for field in dataclasses.fields(config)} for config in both)
+    for name in sorted(names & taken):
+        kind, other = type(update).__name__, type(of).__name__
+        raise ValueError(f"{where}: {kind} has a field {name!r}, as {other} has: rename it")
 
 
 def _check_regex(where: str, regex: Any) -> None:

@@ -90,6 +90,12 @@ class Own:
         return schedule(self.learning_rate)(step)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clipped(Own):
+    learning_rate: Rate = 0.1
+    clip_norm: float
+
+
 def own(rate, **fields):
     return Optimizer(update=Own(learning_rate=rate, momentum=0.9, **fields))
 
@@ -538,6 +544,10 @@ def test_optax_refuses(name, kwargs, message):
         *(
             ({"update": update}, "update must be an Optax, or a frozen dataclass with make(mask, m")
             for update in (0.1, optax.sgd(0.1), Optax, MLPConfig(features=1, sizes=(1,)))
+        ),
+        (
+            {"update": Clipped(clip_norm=1)},
+            "update: Clipped has a field 'clip_norm', as Optimizer h",
         ),
         ({"update": Own(learning_rate="x")}, "a rate must be a number or a schedule, got 'x'"),
         ({"update": Own(learning_rate=SGD)}, "a rate must be a number or a schedule, 'sgd' is an"),
