@@ -1,6 +1,7 @@
 """docs/extending.md, done: its files written to a folder elsewhere, its commands run there."""
 
 import concurrent.futures
+import importlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -38,7 +40,8 @@ def shell(line, folder):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """The folder after the page's commands, and what each of them printed."""
+    """The folder after the page's commands, what each of them printed, and what evaluating the run
+    without --allow ends in."""
     folder = tmp_path_factory.mktemp("elsewhere")
     assert ROOT not in folder.parents
     (folder / "mine").mkdir()
@@ -52,13 +55,15 @@ def done(tmp_path_factory):
 
     first = [printed(line) for line in COMMANDS[:2]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # these need only that the run is there
-        return folder, first + list(pool.map(printed, COMMANDS[2:]))
+        (line,) = (line for line in COMMANDS if "evaluate.py" in line)
+        refused = pool.submit(shell, line.replace(" --allow mine", ""), folder)
+        return folder, first + list(pool.map(printed, COMMANDS[2:])), refused.result()
 
 
 @pytest.fixture
 def here(done, monkeypatch):
     """The same folder, as the current one: its `mine` can be imported until the test ends."""
-    folder, _ = done
+    folder, *_ = done
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     yield folder
@@ -79,7 +84,7 @@ def classes(tree):
 
 
 def test_the_page_has_no_file_that_is_not_used_and_no_command_that_is_not_run(done):
-    folder, printed = done
+    folder, printed, _ = done
     modules = {path.removesuffix(".py").replace("/", ".") for path in FILES}
     used = {m for m in classes(read(folder / "runs/ssm/config.json")) if m.startswith("mine")}
     assert len(used) == 4  # a model, an optimizer, a task and a data set
@@ -97,7 +102,7 @@ def test_what_the_page_shows_of_groups_fits_a_model():
 
 
 def test_it_trains_to_its_target(done):
-    folder, printed = done
+    folder, printed, _ = done
     assert "MISSED" in printed[0]
     assert printed[1].startswith("continued with steps = 600, before 300\n")
     summary = read(folder / "runs/ssm/summary.json")
@@ -111,6 +116,24 @@ def test_it_trains_to_its_target(done):
         assert row["learning_rate"] == pytest.approx(cosine, rel=1e-3, abs=1e-7)
 
 
+def test_its_optimizer_masks_multiplies_and_is_cautious(here):
+    own = importlib.import_module("mine.cautious").CautiousAdamW(
+        learning_rate=0.1, weight_decay=0.5
+    )
+    groups = (optim.Group(match="^b", multiplier=2.0),)
+    tx = optim.Optimizer(update=own, groups=groups, no_decay="bias").make()
+    params = {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
+
+    def step(g, state):
+        updates, state = tx.update(jax.tree.map(lambda p: g * p, params), state, params)
+        return [updates["a"]["kernel"], updates["b"]["kernel"], updates["a"]["bias"]], state
+
+    found, state = step(1.0, tx.init(params))
+    np.testing.assert_allclose(found, [[-0.15] * 2, [-0.3] * 2, [-0.1] * 2], rtol=1e-5)
+    found, _ = step(-0.1, state)  # which the moment is against: the decay alone is left
+    np.testing.assert_allclose(found, [[-0.05] * 2, [-0.1] * 2, [0.0] * 2], rtol=1e-5)
+
+
 def products(layers):
     """2 FLOPs a multiply-add of 64 sequences of 32 steps, of 2 features, 16 wide, with 16 states.
     Backward is twice as much, but for the inputs of the model, which need no gradient."""
@@ -122,14 +145,14 @@ def products(layers):
 
 
 def test_the_ledger_counts_the_model_exactly_by_its_modules(done):
-    folder, printed = done
+    folder, printed, _ = done
     for path, layers in (("runs/ssm/compute.json", 1), ("cost.json", 2)):
         cost = read(folder / path)
         assert cost["qualifier"] == "exact"
         assert cost["by_module"] == products(layers)
         assert cost["model_flops"] == sum(products(layers).values())
         assert cost["elementwise_flops"] > 0
-    assert re.search(r"layers\n +0 .*\n +enter .*\n +leave ", printed[4])
+    assert re.search(r"layers .*\n +0 .*\n +enter .*\n +leave ", printed[4])
 
 
 def states(folder):
@@ -152,7 +175,7 @@ def test_stopped_half_way_it_is_the_same_to_the_bit_as_from_its_json_in_one_go(h
 
 
 def test_evaluate_prints_the_metrics_of_the_task(here, done):
-    _, printed = done
+    _, printed, _ = done
     found = json.loads(printed[2])
     assert (found["step"], found["split"]) == (600, "validation")
     assert list(found["metrics"]) == ["loss", "within", "p95"]
@@ -170,15 +193,13 @@ def test_evaluate_prints_the_metrics_of_the_task(here, done):
 
 
 def test_the_plot_is_written(done):
-    folder, printed = done
+    folder, printed, _ = done
     assert printed[3].strip() == "ssm.png"
     assert (folder / "ssm.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_its_json_is_not_read_without_leave(done):
-    folder, _ = done
-    line = next(line for line in COMMANDS if "evaluate.py" in line).replace(" --allow mine", "")
-    result = shell(line, folder)
+    *_, result = done
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
         r"error: \S+: model names the class mine\.ssm:SSMConfig, and only research, configs may be "
