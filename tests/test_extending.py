@@ -1,6 +1,7 @@
 """docs/extending.md, done: its files written to a folder elsewhere, its commands run there."""
 
 import concurrent.futures
+import dataclasses
 import importlib
 import json
 import os
@@ -132,6 +133,13 @@ def test_its_optimizer_masks_multiplies_and_is_cautious(here):
     np.testing.assert_allclose(found, [[-0.15] * 2, [-0.3] * 2, [-0.1] * 2], rtol=1e-5)
     found, _ = step(-0.1, state)  # which the moment is against: the decay alone is left
     np.testing.assert_allclose(found, [[-0.05] * 2, [-0.1] * 2, [0.0] * 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("field", [{"precision": "bfloat16"}, {"accumulate": 4}, {"ema": 0.9}])
+def test_it_goes_with_what_every_run_may_have(here, field):
+    e = dataclasses.replace(command.load(here / CONFIG), **field)
+    setup = prepare(e, tiny.ONE)
+    jax.eval_shape(setup.step(), *setup.abstract_example())
 
 
 def products(layers):
