@@ -12,6 +12,8 @@ import os
 import pathlib
 import re
 import sys
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -46,6 +48,9 @@ def load(path: str | pathlib.Path, allow: Sequence[str] = ()) -> Experiment:
 
     Raises UserError for a file that is absent, broken, or not a config.
     """
+    # A researcher's packages are where the command is given, and Python looks beside the script.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / "config.json"
@@ -83,8 +88,6 @@ def name(path: str) -> str:
 
 def _module(path: pathlib.Path) -> Any:
     """Imports a config under its dotted name below the current folder, so that JSON can name it."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     with contextlib.suppress(ValueError):
         parts = path.resolve().relative_to(pathlib.Path.cwd()).with_suffix("").parts
         if all(part.isidentifier() for part in parts):
@@ -126,6 +129,7 @@ def parse(options: type[T], usage: str, argv: Sequence[str] | None = None) -> T:
                 default=default,
                 description=usage,
                 config=flags,
+                registry=_narrowed(),
                 use_underscores=True,
             )
     except SystemExit as error:
@@ -134,6 +138,45 @@ def parse(options: type[T], usage: str, argv: Sequence[str] | None = None) -> T:
         fail(_one_line(stderr.getvalue()))
     except ValueError as error:
         fail(" ".join(str(error).split()))
+
+
+def _narrowed() -> tyro.constructors.ConstructorRegistry:
+    """Has tyro read a field that may be of several classes as of the one that the config has.
+
+    Itself it makes subcommands of `float | Optax`, and knows only the classes that are named.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    asking: list[Any] = []
+
+    @registry.struct_rule
+    def rule(info: tyro.constructors.StructTypeInfo) -> Any:
+        if asking or not dataclasses.is_dataclass(info.type):
+            return None
+        asking.append(info)
+        try:
+            spec = registry.get_struct_spec(info)  # that of tyro's own rules
+        finally:
+            asking.pop()
+        if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+            return spec
+        fields = [dataclasses.replace(f, type=_of(f.type, f.default)) for f in spec.fields]
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+def _of(hint: Any, default: Any) -> Any:
+    """A union as the class of a field's default; without the classes, where that is a number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return Annotated[(_of(args[0], default), *args[1:])]
+    if origin not in (typing.Union, types.UnionType):
+        return hint
+    if dataclasses.is_dataclass(default):
+        return type(default)
+    simple = [arg for arg in args if not dataclasses.is_dataclass(arg)]
+    narrow = isinstance(default, int | float | str) and 0 < len(simple) < len(args)
+    return typing.Union[tuple(simple)] if narrow else hint  # noqa: UP007
 
 
 def _values_of(flag: str, argv: Sequence[str]) -> list[str]:

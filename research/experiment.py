@@ -5,6 +5,7 @@ import difflib
 import importlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -233,15 +234,18 @@ def check_fields(cls: type, values: Mapping[str, Any], path: str) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where} must be finite, not {value!r}")
         for bound in _bounds(hint):
-            if value is not None and not _holds(bound, value):
+            if isinstance(value, int | float) and not _holds(bound, value):
                 raise UserError(f"{where} must be {_range(bound)}, not {value!r}")
         if dataclasses.is_dataclass(value):
             check(value, f"{path}{name}.")
+        for i, item in enumerate(value if isinstance(value, tuple) else ()):
+            if dataclasses.is_dataclass(item):
+                check(item, f"{path}{name}.{i}.")
 
 
 def plain(path: str) -> str:
     """A field's path as the command line spells it."""
-    return path.replace("optimizer.update", "optimizer").replace(".kwargs", "")
+    return re.sub(r"\.(update|kwargs)\b", "", path)
 
 
 def _bounds(hint: Any) -> Iterator[Any]:

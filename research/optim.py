@@ -9,8 +9,8 @@ import itertools
 import math
 import numbers
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, cast
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,19 @@ import optax
 import optax.contrib
 import optax.schedules
 import tyro
+from annotated_types import Ge
 
-__all__ = ["Group", "Optax", "Optimizer", "decay_mask", "path_of"]
+__all__ = [
+    "Group",
+    "Mask",
+    "Optax",
+    "Optimizer",
+    "Rate",
+    "Update",
+    "decay_mask",
+    "path_of",
+    "schedule",
+]
 
 VECTORS = r"(^|/)(bias|scale|.*norm.*)(/|$)"
 """Paths of biases and norms, which are vectors even where a scan's layers are stacked."""
@@ -34,6 +45,32 @@ def decay_mask(params: Any, no_decay: str) -> Any:
     """A tree like `params`, True where the regex `no_decay` is found nowhere in the leaf's path."""
     search = re.compile(no_decay).search
     return jax.tree_util.tree_map_with_path(lambda path, _: not search(path_of(path)), params)
+
+
+Mask = Callable[[Any], Any]
+"""Parameters -> a tree like them, True for those that weight decay shrinks."""
+
+
+@runtime_checkable
+class Update(Protocol):
+    """A frozen dataclass that makes an optimizer: `Optax`, or one of your own.
+
+    Its fields are checked against their annotations, changed from the command line and stored in
+    JSON as those of every config are. A learning rate is a field of type `Rate`.
+    """
+
+    def make(self, mask: Mask | None, multiplier: float) -> optax.GradientTransformation:
+        """The optimizer: updates are added to the parameters, so they point downhill.
+
+        mask: what weight decay shrinks; None: everything. multiplier: of the learning rate, and so
+        of decoupled weight decay; a group's.
+        """
+        ...
+
+    def rate(self, step: Any) -> Any:
+        """The learning rate of update number `step` (from 0, may be traced), which is logged; None:
+        there is none."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,58 +118,22 @@ class Optax:
             self._check_value(key, value, parameters[key].default)
         missing = [k for k, p in parameters.items() if kwargs.get(k, p.default) is p.empty]
         # Optax gives the step its sign with the learning rate: without one, adadelta climbs.
-        if self._is_optimizer and name != "adafactor" and self._argument("learning_rate") is None:
+        if not self.is_schedule and name != "adafactor" and self._argument("learning_rate") is None:
             missing = ["learning_rate"]
         if missing:
             raise ValueError(f"{name} needs {', '.join(map(repr, missing))}")
         try:
             # Abstractly, so that no accelerator is opened by reading a configuration.
             made: Any = _without_axes(self).make()
-            if self._is_optimizer:
+            if not self.is_schedule:
                 jax.eval_shape(lambda: made.update(p := _example(), made.init(p), p))
             elif jax.eval_shape(lambda: jnp.asarray(made(jnp.zeros((), jnp.int32)))).shape:
                 raise ValueError("its value is not a scalar")
         except Exception as error:
             raise ValueError(f"{name}: optax says: {' '.join(str(error).split())}") from error
 
-    def make(self) -> optax.GradientTransformation | optax.Schedule:
-        """The optimizer or schedule itself; weight decay applies to every parameter."""
-        return self._make()
-
-    @property
-    def _parameters(self) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(_factories()[self.name]).parameters)
-
-    @property
-    def _is_optimizer(self) -> bool:
-        return "learning_rate" in self._parameters
-
-    def _argument(self, key: str) -> Any:
-        return self.kwargs.get(key, self._parameters[key].default)
-
-    def _check_value(self, key: str, value: Any, default: Any) -> None:
-        where = f"{self.name}: {key}"
-        wanted = "an optimizer" if key == "base_optimizer" else "a number or a schedule"
-        amount = key.endswith(("learning_rate", "weight_decay", "value", "_steps"))
-        for leaf in jax.tree.leaves(value):
-            if isinstance(leaf, Optax):
-                if leaf._is_optimizer != (key == "base_optimizer"):
-                    kind = "an optimizer" if leaf._is_optimizer else "a schedule"
-                    raise ValueError(f"{where} must be {wanted}; {leaf.name!r} is {kind}")
-            elif isinstance(leaf, (int, float)) and key != _MATRICES:
-                if not math.isfinite(leaf):
-                    raise ValueError(f"{where} must be finite, got {leaf}")
-                if leaf < 0 and (amount or not self._is_optimizer):
-                    raise ValueError(f"{where} must not be negative, got {leaf}")
-        if key == _MATRICES and value is not None:
-            _check_matrices(where, value)
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{where} must be true or false, got {value!r}")
-        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-        if (numeric or amount) and isinstance(value, (bool, str, list, dict)):
-            raise ValueError(f"{where} must be {wanted}, got {value!r}")
-
-    def _make(self, mask: Callable[[Any], Any] | None = None, multiplier: float = 1.0) -> Any:
+    def make(self, mask: Mask | None = None, multiplier: float = 1.0) -> Any:
+        """The optimizer or the schedule itself; see `Update`."""
         parameters = self._parameters
         kwargs = {key: _resolve(value, mask, multiplier) for key, value in self.kwargs.items()}
         if mask is not None:
@@ -148,7 +149,7 @@ class Optax:
             given = self.kwargs.get(_MATRICES)
             kwargs[_MATRICES] = functools.partial(_dimension_numbers, spec=given)
         after = []
-        if multiplier != 1 and self._is_optimizer:
+        if multiplier != 1 and not self.is_schedule:
             for key in ("learning_rate", "adam_learning_rate"):
                 rate = kwargs.get(key, parameters[key].default) if key in parameters else None
                 if rate is not None:
@@ -157,6 +158,65 @@ class Optax:
                 after.append(optax.scale(multiplier))
         made = _factories()[self.name](**kwargs)
         return optax.chain(made, *after) if after else made
+
+    def rate(self, step: Any) -> Any:
+        """Of an optimizer: see `Update`."""
+        rate = self._argument("learning_rate")
+        warmup = self.kwargs.get("warmup_steps")  # a schedule-free method's own
+        if warmup and not isinstance(rate, Optax):
+            return optax.warmup_constant_schedule(0.0, rate, warmup)(step)
+        return None if rate is None else schedule(rate)(step)
+
+    @property
+    def is_schedule(self) -> bool:
+        return "learning_rate" not in self._parameters
+
+    @property
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(_factories()[self.name]).parameters)
+
+    def _argument(self, key: str) -> Any:
+        return self.kwargs.get(key, self._parameters[key].default)
+
+    def _check_value(self, key: str, value: Any, default: Any) -> None:
+        where = f"{self.name}: {key}"
+        wanted = "an optimizer" if key == "base_optimizer" else "a number or a schedule"
+        amount = key.endswith(("learning_rate", "weight_decay", "value", "_steps"))
+        for leaf in jax.tree.leaves(value):
+            if isinstance(leaf, Optax):
+                if leaf.is_schedule == (key == "base_optimizer"):
+                    kind = "a schedule" if leaf.is_schedule else "an optimizer"
+                    raise ValueError(f"{where} must be {wanted}; {leaf.name!r} is {kind}")
+            elif isinstance(leaf, (int, float)) and key != _MATRICES:
+                if not math.isfinite(leaf):
+                    raise ValueError(f"{where} must be finite, got {leaf}")
+                if leaf < 0 and (amount or self.is_schedule):
+                    raise ValueError(f"{where} must not be negative, got {leaf}")
+        if key == _MATRICES and value is not None:
+            _check_matrices(where, value)
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, got {value!r}")
+        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if (numeric or amount) and isinstance(value, (bool, str, list, dict)):
+            raise ValueError(f"{where} must be {wanted}, got {value!r}")
+
+
+Rate = Annotated[float, Ge(0)] | Optax
+"""A learning rate, or anything that may change by the step: a number, or a schedule of optax."""
+
+
+def schedule(rate: float | Optax, multiplier: float = 1.0) -> optax.Schedule:
+    """step -> multiplier * rate, for `optax.scale_by_learning_rate` and the like.
+
+    Raises ValueError for what is neither a number nor a schedule.
+    """
+    if isinstance(rate, Optax) and rate.is_schedule:
+        made = cast(optax.Schedule, rate.make())
+        return made if multiplier == 1 else _times(multiplier, made)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        kind = f"{rate.name!r} is an optimizer" if isinstance(rate, Optax) else f"got {rate!r}"
+        raise ValueError(f"a rate must be a number or a schedule, {kind}")
+    return optax.constant_schedule(multiplier * rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +235,7 @@ class Group:
 
     match: str
     multiplier: float = 1.0
-    update: Annotated[Optax | None, tyro.conf.arg(name="")] = None
+    update: Annotated[Update | None, tyro.conf.arg(name="")] = None
     frozen: bool = False
 
     def __post_init__(self) -> None:
@@ -191,7 +251,7 @@ class Group:
         if not isinstance(self.frozen, bool):
             raise ValueError(f"{where}: frozen must be true or false, got {self.frozen!r}")
         if self.update is not None:
-            _check_update(f"{where}: update", self.update)
+            _check_update(f"{where}: update", self.update, self)
         if self.frozen and (self.update is not None or self.multiplier != 1):
             raise ValueError(f"{where}: what is frozen takes no update and no multiplier")
 
@@ -218,7 +278,7 @@ class Optimizer:
         ValueError: naming the field, in one line, when the configuration is made.
     """
 
-    update: Annotated[Optax, tyro.conf.arg(name="")]
+    update: Annotated[Update, tyro.conf.arg(name="")]
     clip_norm: float | None = None
     clip_value: float | None = None
     l1: float = 0.0
@@ -228,7 +288,7 @@ class Optimizer:
     sam_rho: float | None = None
 
     def __post_init__(self) -> None:
-        _check_update("update", self.update)
+        _check_update("update", self.update, self)
         object.__setattr__(self, "groups", tuple(self.groups))
         for group in self.groups:
             if not isinstance(group, Group):
@@ -250,12 +310,12 @@ class Optimizer:
         mask = functools.partial(decay_mask, no_decay=self.no_decay)
         clips = [] if self.clip_value is None else [optax.clip(self.clip_value)]
         clips += [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
-        update = self.update._make(mask)
+        update = self.update.make(mask, 1.0)
         if self.groups:
             parts = {
                 str(i): optax.set_to_zero()
                 if group.frozen
-                else (group.update or self.update)._make(mask, group.multiplier)
+                else (group.update or self.update).make(mask, group.multiplier)
                 for i, group in enumerate(self.groups)
             }
             update = optax.partition(parts | {_REST: update}, self._labels)
@@ -265,15 +325,26 @@ class Optimizer:
         """Raises ValueError, in one line, for a group that has none of `params` (arrays or shapes),
         and where the optimizer cannot train them."""
         labels = jax.tree.leaves(self._labels(params))
+        paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         for i, group in enumerate(self.groups):
             if str(i) not in labels:
-                paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
                 earlier = any(re.search(group.match, path) for path in paths)
                 which = "that an earlier group leaves; it is" if earlier else "of"
                 some = f"{group.match!r}" if earlier else _some(paths)
                 raise ValueError(f"groups: {group.match!r} matches no parameter {which} {some}")
         if all(label != _REST and self.groups[int(label)].frozen for label in labels):
             raise ValueError("groups: every parameter is frozen")
+        # By regex, for several groups may share an optimizer, and one of them have no match.
+        given: dict[str, list[str]] = {}
+        for path, label in zip(paths, labels, strict=True):
+            its = Group(match="") if label == _REST else self.groups[int(label)]
+            for regex in () if its.frozen else _regexes(its.update or self.update):
+                given.setdefault(regex, []).append(path)
+        for regex, its_paths in given.items():
+            if not any(re.search(regex, path) for path in its_paths):
+                raise ValueError(
+                    f"{_MATRICES}: {regex!r} matches no parameter of {_some(its_paths)}"
+                )
         try:
             jax.eval_shape(lambda p: self.make().init(p), params)
         except ValueError as error:
@@ -335,11 +406,7 @@ class Optimizer:
 
         It is that of `update`: groups multiply it or have their own.
         """
-        rate = self.update._argument("learning_rate")
-        if isinstance(rate, Optax):
-            rate = cast(optax.Schedule, rate.make())(step)
-        elif warmup := self.update.kwargs.get("warmup_steps"):  # a schedule-free method's own
-            rate = optax.warmup_constant_schedule(0.0, rate, warmup)(step)
+        rate = self.update.rate(step)
         return None if rate is None else jnp.asarray(rate, jnp.float32)
 
 
@@ -397,9 +464,9 @@ def _plain(where: str, value: Any) -> Any:
     raise ValueError(f"{where} must be {kinds}, got {type(value).__name__}")
 
 
-def _resolve(value: Any, mask: Callable[[Any], Any] | None, multiplier: float = 1.0) -> Any:
+def _resolve(value: Any, mask: Mask | None, multiplier: float = 1.0) -> Any:
     if isinstance(value, Optax):
-        return value._make(mask, multiplier)
+        return value.make(mask, multiplier)
     if isinstance(value, list):
         return tuple(_resolve(v, mask) for v in value)
     if isinstance(value, dict):  # of boundaries and scales, whose steps JSON made strings
@@ -438,6 +505,15 @@ def _dimension_numbers(params: Any, spec: dict[str, Any] | None) -> Any:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
+def _regexes(config: Any) -> Iterator[str]:
+    """Of the matrices that Muon is given, here or in a nested optimizer."""
+    if isinstance(config, Optax):
+        yield from config.kwargs.get(_MATRICES) or ()
+    fields = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    for leaf in filter(dataclasses.is_dataclass, jax.tree.leaves(fields)):
+        yield from _regexes(leaf)
+
+
 def _without_axes(optax_: Optax) -> Optax:
     """The same, but the axes of matrices, which an example of other parameters need not have."""
     kept = {k: v for k, v in optax_.kwargs.items() if k != _MATRICES}
@@ -462,11 +538,20 @@ def _check_matrices(where: str, spec: Any) -> None:
             )
 
 
-def _check_update(where: str, update: Any) -> None:
-    if not isinstance(update, Optax):
-        raise ValueError(f"{where} must be an Optax, got {update!r}")
-    if not update._is_optimizer:
+def _check_update(where: str, update: Any, of: Any) -> None:
+    dataclass = dataclasses.is_dataclass(update) and not isinstance(update, type)
+    if not (dataclass and isinstance(update, Update)):
+        raise ValueError(
+            f"{where} must be an Optax, or a frozen dataclass with make(mask, multiplier) and "
+            f"rate(step), got {update!r}"
+        )
+    if isinstance(update, Optax) and update.is_schedule:
         raise ValueError(f"{where} must be an optimizer; {update.name!r} is a schedule")
+    both: tuple[Any, Any] = (update, of)  # whose fields the command line has side by side
+    names, taken = ({field.name for field in dataclasses.fields(config)} for config in both)
+    for name in sorted(names & taken):
+        kind, other = type(update).__name__, type(of).__name__
+        raise ValueError(f"{where}: {kind} has a field {name!r}, as {other} has: rename it")
 
 
 def _check_regex(where: str, regex: Any) -> None:

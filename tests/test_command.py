@@ -76,6 +76,55 @@ def test_a_group_is_overridden_by_its_place(tmp_path, capsys):
     assert "group 'layers': multiplier must be finite and positive" in message
 
 
+def test_an_optimizer_of_ones_own_is_overridden_by_its_fields(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "import dataclasses\n"
+        "from typing import Annotated\n"
+        "import optax\n"
+        "from annotated_types import Ge\n"
+        "from configs import mlp_cancer\n"
+        "from research.optim import Group, Optax, Optimizer, Rate, schedule\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+        "class Own:\n"
+        "    learning_rate: Rate\n"
+        "    nesterov: bool = False\n"
+        "    momentum: Annotated[float, Ge(0)] | None = 0.5\n"
+        "    def make(self, mask, multiplier):\n"
+        "        rate = schedule(self.learning_rate, multiplier)\n"
+        "        return optax.sgd(rate, self.momentum, self.nesterov)\n"
+        "    def rate(self, step):\n"
+        "        return schedule(self.learning_rate)(step)\n"
+        "def config():\n"
+        "    rate = Optax('exponential_decay', {\n"
+        "        'init_value': 0.1, 'transition_steps': 9, 'decay_rate': 0.5})\n"
+        "    groups = (Group(match='0', update=Own(learning_rate=rate)),)\n"
+        "    optimizer = Optimizer(update=Own(learning_rate=1), groups=groups)\n"
+        "    return dataclasses.replace(mlp_cancer.config(), optimizer=optimizer)\n"
+    )
+    config = str(tmp_path / "own.py")
+    found = parse(
+        *(config, "--optimizer.learning_rate", "0.5", "--optimizer.momentum", "None"),
+        *("--optimizer.groups.0.learning_rate.init_value", "0.2", "--optimizer.nesterov", "True"),
+        *("--optimizer.groups.0.momentum", "0.25"),
+    ).experiment.optimizer
+    update, group = found.update, found.groups[0].update
+    assert (update.learning_rate, update.momentum, update.nesterov) == (0.5, None, True)
+    assert group.learning_rate.kwargs["init_value"] == 0.2
+    assert (group.momentum, group.nesterov) == (0.25, False)
+    for argv, message in [
+        (["--optimizer.learning_rate", "-1"], "optimizer.learning_rate must be >= 0, not -1.0"),
+        (["--optimizer.groups.0.momentum", "-1"], "optimizer.groups.0.momentum must be >= 0, not"),
+        (["--optimizer.learning_rate", "x"], "--optimizer.learning_rate: could not convert"),
+    ]:
+        assert error_of(capsys, config, *argv).startswith(message)
+    with pytest.raises(SystemExit):
+        parse(config, "--help")
+    out = capsys.readouterr().out
+    for field in ("learning_rate FLOAT", "momentum {None}|FLOAT", "groups.0.momentum"):
+        assert f"--optimizer.{field}" in out
+    assert "learning rate, and so" in " ".join(out.split())  # the fields' docstrings are kept
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

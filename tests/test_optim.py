@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from annotated_types import Ge, Interval
 
 from research import checkpoint, compute, experiment, parallel, train
 from research.models.mlp import MLPConfig
-from research.optim import Group, Optax, Optimizer, decay_mask, path_of
+from research.optim import Group, Optax, Optimizer, Rate, decay_mask, path_of, schedule
 from research.setup import prepare
 
 LINEAR = Optax("linear_schedule", {"init_value": 0.1, "end_value": 0.0, "transition_steps": 2})
@@ -55,6 +56,48 @@ def adam(p, grads, rates, decay=0.0):
         step = mu / (1 - 0.9**t) / (np.sqrt(nu / (1 - 0.999**t)) + 1e-8)
         p = p - rate * (step + decay * p)
     return p
+
+
+class Traces(NamedTuple):
+    count: jax.Array
+    trace: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own:
+    """SGD with momentum and decoupled decay, its state its own."""
+
+    learning_rate: Rate
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    inner: Optax | None = None
+
+    def make(self, mask, multiplier):
+        def init(params):
+            return Traces(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+        def update(grads, state, params=None):
+            trace = jax.tree.map(lambda g, t: g + self.momentum * t, grads, state.trace)
+            return trace, Traces(state.count + 1, trace)
+
+        return optax.chain(
+            optax.GradientTransformation(init, update),
+            optax.add_decayed_weights(self.weight_decay, mask),
+            optax.scale_by_learning_rate(schedule(self.learning_rate, multiplier)),
+        )
+
+    def rate(self, step):
+        return schedule(self.learning_rate)(step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clipped(Own):
+    learning_rate: Rate = 0.1
+    clip_norm: float
+
+
+def own(rate, **fields):
+    return Optimizer(update=Own(learning_rate=rate, momentum=0.9, **fields))
 
 
 # Name, arguments, the formula for a kernel and for a bias.
@@ -159,6 +202,7 @@ NAMED: dict[str, Any] = {
     "schedule-free sgd": (named("contrib.schedule_free_sgd"), 0.5, 16),
     "schedule-free adamw": (named("contrib.schedule_free_adamw"), 0.1, 16),
     "schedule-free, any": (named("contrib.schedule_free", base_optimizer=BASE), 0.1, 16),
+    "one's own": (lambda rate: own(rate), 0.1, 16),
     "sam": (lambda rate: dataclasses.replace(optimizer("sgd", rate), sam_rho=0.05), 0.3, 16),
 }
 EVERY = pytest.mark.parametrize("name", NAMED)
@@ -497,7 +541,16 @@ def test_optax_refuses(name, kwargs, message):
     ("fields", "message"),
     [
         ({"update": LINEAR}, "update must be an optimizer; 'linear_schedule' is a schedule"),
-        ({"update": 0.1}, "update must be an Optax, got 0.1"),
+        *(
+            ({"update": update}, "update must be an Optax, or a frozen dataclass with make(mask, m")
+            for update in (0.1, optax.sgd(0.1), Optax, MLPConfig(features=1, sizes=(1,)))
+        ),
+        (
+            {"update": Clipped(clip_norm=1)},
+            "update: Clipped has a field 'clip_norm', as Optimizer h",
+        ),
+        ({"update": Own(learning_rate="x")}, "a rate must be a number or a schedule, got 'x'"),
+        ({"update": Own(learning_rate=SGD)}, "a rate must be a number or a schedule, 'sgd' is an"),
         ({"clip_norm": -1.0}, "clip_norm must be finite and positive, got -1.0"),
         ({"clip_norm": 0}, "clip_norm must be finite and positive, got 0"),
         ({"clip_value": float("nan")}, "clip_value must be finite and positive, got nan"),
@@ -577,7 +630,7 @@ def test_a_multiplier_is_another_learning_rate(name):
             else dataclasses.replace(LINEAR, kwargs=LINEAR.kwargs | {"init_value": 0.2})
         )
         update = make(twice).update
-        if "base_optimizer" in update.kwargs:
+        if name == "schedule-free, any":
             base = Optax("adamw", {"learning_rate": 0.2})
             update = Optax(update.name, update.kwargs | {"base_optimizer": base})
         want, _ = run(Optimizer(update=update), grads, params)
@@ -673,8 +726,7 @@ def test_frozen_layers_of_a_transformer_only_pass_gradients_on(scan):
                     match="bias",
                     update=Optax(
                         MUON.name,
-                        MUON.kwargs
-                        | {"muon_weight_dimension_numbers": {"bias": [0, 1], "kernel": [0, 1]}},
+                        MUON.kwargs | {"muon_weight_dimension_numbers": {"bias": [0, 1]}},
                     ),
                 )
             ],
@@ -774,6 +826,98 @@ def test_a_scanned_transformer_is_trained_as_one_that_is_not():
     stacked, apart = (jax.jit(functools.partial(step_of, config))(p, p) for p in (stacked, apart))
     for i in range(2):
         same(layer(stacked["layers"], i), apart["layers"][i])
+
+
+AXES = "muon_weight_dimension_numbers"
+
+
+def muon(rate=0.1, **axes):
+    return Optax(MUON.name, {"learning_rate": rate, AXES: axes})
+
+
+def test_a_regex_of_matrices_that_matches_nothing_is_refused():
+    def checked(**fields):
+        Optimizer(**{"update": SGD} | fields).check({"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))})
+
+    def refused(message, **fields):
+        with pytest.raises(ValueError, match=rf"\A{re.escape(f'{AXES}: {message}')}\Z"):
+            checked(**fields)
+
+    checked(update=muon(a=[0, 1], b=None))
+    refused("'c' matches no parameter of a, b", update=muon(a=[0, 1], c=None))
+    refused("'c' matches no parameter of a, b", update=muon(c=[0, 1], a=[0, 1]))
+    nested = {"learning_rate": 0.1, "base_optimizer": muon(a=[0, 1], c=[0, 1])}
+    refused("'c' matches no parameter of a, b", update=Optax("contrib.schedule_free", nested))
+    refused("'c' matches no parameter of a, b", update=Own(learning_rate=0.1, inner=muon(c=None)))
+    # A group's need only be in the group, and those of all where no group has its own.
+    checked(groups=(Group(match="a", update=muon(a=[0, 1])),))
+    refused(
+        "'b' matches no parameter of a", groups=(Group(match="a", update=muon(b=[0, 1], a=None)),)
+    )
+    checked(update=muon(b=[0, 1]), groups=(Group(match="a", update=SGD),))
+    refused(
+        "'a' matches no parameter of b",
+        update=muon(a=[0, 1]),
+        groups=(Group(match="a", update=SGD),),
+    )
+    refused(
+        "'a' matches no parameter of b",
+        update=muon(a=[0, 1]),
+        groups=(Group(match="a", frozen=True),),
+    )
+    checked(update=muon(a=[0, 1], b=[0, 1]), groups=(Group(match="a", multiplier=2.0),))
+    # Two groups may share one, equal but not the same object, as JSON gives it.
+    both = {"a": [0, 1], "b": [0, 1]}
+    checked(groups=tuple(Group(match=match, update=muon(**both)) for match in "ab"))
+    # An optimizer that is given no parameter has nothing to match.
+    checked(update=muon(c=[0, 1]), groups=(Group(match="", update=SGD),))
+
+
+# ---- an optimizer of one's own
+
+
+@pytest.mark.parametrize("rate", [0.1, LINEAR], ids=["constant", "schedule"])
+def test_an_optimizer_of_ones_own_decays_multiplies_and_tells_its_rate(rate):
+    """All as optax's own does: SGD, whose decay is added to what momentum makes."""
+    groups = (Group(match="^embed", multiplier=2.0), Group(match="^stack", frozen=True))
+    config = dataclasses.replace(own(rate, weight_decay=0.3), groups=groups)
+    path, traces = run(config, [arrays(MODEL)] * 3, arrays(MODEL))
+    assert traces == 1
+    rates = [0.1, 0.1, 0.1] if rate == 0.1 else [0.1, 0.05, 0.0]
+    want, trace = by_path(MODEL), by_path(jax.tree.map(np.zeros_like, MODEL))
+    for params, now in zip(path, rates, strict=True):
+        for name, value in by_path(params).items():
+            g = by_path(MODEL)[name]
+            trace[name] = g + 0.9 * trace[name]
+            decay = 0.3 * want[name] if name in DECAYED else 0.0
+            times = {"embed": 2.0, "stack": 0.0}.get(name.split("/")[0], 1.0)
+            want[name] = want[name] - times * now * (trace[name] + decay)
+            np.testing.assert_allclose(value, want[name], rtol=1e-5, err_msg=name)
+    assert [config.learning_rate(s) for s in range(3)] == pytest.approx(rates)
+    assert config.learning_rate(0).dtype == jnp.float32
+
+
+def test_an_optimizer_of_ones_own_is_checked_and_survives_json():
+    groups = (Group(match="bias", update=Own(learning_rate=LINEAR)),)
+    e = tiny.mlp(optimizer=dataclasses.replace(own(0.1), groups=groups))
+    tree = json.loads(experiment.dumps(e))
+    assert tree["optimizer"]["update"]["class"] == "test_optim:Own"
+    assert experiment.from_json(tree, allow=["tiny", "test_optim"]) == e
+    tree["optimizer"]["update"]["momentum"] = 2.0
+    with pytest.raises(experiment.UserError, match=r"\Aoptimizer.momentum must be >= 0 and < 1, n"):
+        experiment.from_json(tree, allow=["tiny", "test_optim"])
+    with pytest.raises(experiment.UserError, match=r"\Aoptimizer.update names the class test_opt"):
+        experiment.from_json(tree, allow=["tiny"])
+    for fields, message in [
+        ({"update": Own(learning_rate=-0.1)}, "learning_rate must be >= 0, not -0.1"),
+        ({"update": Own(learning_rate=0.1, momentum="x")}, "momentum must be float, not 'x'"),
+        (
+            {"update": SGD, "groups": (Group(match="a", update=Own(learning_rate=-1.0)),)},
+            "groups.0.learning_rate must be >= 0, not -1.0",
+        ),
+    ]:
+        with pytest.raises(experiment.UserError, match=rf"\A{re.escape(f'optimizer.{message}')}\Z"):
+            tiny.mlp(optimizer=Optimizer(**fields))
 
 
 # ---- schedule-free methods, and SAM
