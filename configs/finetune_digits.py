@@ -7,8 +7,8 @@
     done
 
 Three splits: test accuracy 93.3%, 97.8%, 97.8%; mean 96.3, standard deviation 2.6; target 90%. From
-scratch (`--init_from.path None --init_from.fresh None`) 91.1%, 97.2%, 96.1%; mean 94.8. One run takes 9 s
-on 2 busy CPU cores, 3 s of it in its 200 steps.
+scratch (`--init_from.path None --init_from.fresh None`) 91.1%, 97.2%, 96.1%; mean 94.8. One run
+takes 9 s on 2 busy CPU cores, 3 s of it in its 200 steps.
 """
 
 import dataclasses
