@@ -35,7 +35,7 @@ from research import train as training
 from research.data.bundled import PythonReference
 from research.data.splits import Examples, Lazy, Streams, Windows
 from research.experiment import EarlyStop, Experiment, Target
-from research.models.cnn import CNNConfig, LeNetConfig
+from research.models.cnn import CNNConfig
 from research.models.encoder import EncoderConfig
 from research.models.mlp import MLPConfig
 from research.models.recurrent import RecurrentConfig
@@ -106,6 +106,8 @@ NAMES = ("lion", "rmsprop", "adam", "sgd", "cosine_onecycle_schedule")
 """Optimizers and schedules, for the name of one that takes the same arguments."""
 ONECYCLE = Optax("linear_onecycle_schedule", {"transition_steps": 9, "peak_value": 0.1})
 
+WATCHED = {"ema": 0.5, "eval_every": 2, "early_stop": EarlyStop(patience=1)}
+
 
 def classes(e: Experiment) -> int:
     """As many as the model has logits, and two under a sigmoid."""
@@ -175,10 +177,10 @@ BESIDE: dict[str, Any] = {
     "Experiment.keep": {"save_every": 1},
     # Early stopping watches nothing unless it is to stop, or to keep the best. A loss that falls is
     # never the greatest, so that the run stops once patience is over.
-    **dict.fromkeys(
-        [f"EarlyStop.{name}" for name in ("patience", "metric", "goal", "ema", "keep_best")],
-        {"ema": 0.5, "eval_every": 1, "early_stop": EarlyStop(patience=1, goal="max")},
-    ),
+    "EarlyStop.patience": {**WATCHED, "eval_every": 1, "early_stop.goal": "max"},
+    **{f"EarlyStop.{name}": WATCHED for name in ("metric", "goal", "ema", "keep_best")},
+    # A group is frozen or trained otherwise, not both.
+    "Group.frozen": lambda e, at: {at: Group(match=get(e, at).match)},
 }
 """What a field needs beside it in order to act: set before and after the change."""
 
@@ -284,7 +286,8 @@ def others(hint: Any, value: Any, e: Experiment) -> Iterator[Any]:
         yield from WORDS
     elif origin is tuple:
         items, many = tuple(value or ()), args[-1] is Ellipsis
-        for i, (item, of) in enumerate(zip(items, args[:1] * len(items) if many else args)):
+        hints = args[:1] * len(items) if many else args
+        for i, (item, of) in enumerate(zip(items, hints, strict=False)):
             yield from ((*items[:i], other, *items[i + 1 :]) for other in others(of, item, e))
         if many:
             yield from ((*items, other) for other in others(args[0], None, e))
@@ -357,11 +360,46 @@ def evaluation(e: Experiment) -> str:
     return digest(evaluator.lower(state.params, state.model_state, state.carry, batch).as_text())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OneDevice(Setup):
+    """A setup that runs the programs of another one where their texts are the same."""
+
+    like: Any
+
+    @functools.cached_property
+    def programs(self):
+        return jax.jit(functools.partial(training.init, self)), super().step(), super()._evaluator
+
+    def initial(self):
+        return self.like.programs[0](self.root)
+
+    def step(self):
+        return self.like.programs[1]
+
+    @property
+    def _evaluator(self):
+        return self.like.programs[2]
+
+
+@functools.cache
+def one_device(*texts: str) -> list[Any]:
+    """Room for the first setup that has these programs."""
+    return []
+
+
 @functools.cache
 def run(e: Experiment) -> str:
-    """What a run on one device leaves behind, but for times and for what only repeats the config."""
+    """What a run on one device leaves, but for times and for what only repeats the config."""
+    found = prepared(e)
+    first = one_device(init(e), step(e), evaluation(e))
+    given = {f.name: getattr(found, f.name) for f in dataclasses.fields(Setup)}
+    given["mesh"] = parallel.Parallel().mesh(found.batch_size, tiny.ONE)
+    if not first:
+        first.append(OneDevice(**given, like=None))
+        object.__setattr__(first[0], "like", first[0])
+    setup = OneDevice(**given, like=first[0])
     with tempfile.TemporaryDirectory() as folder:
-        workdir, setup = pathlib.Path(folder, "run"), prepare(e, tiny.ONE)
+        workdir = pathlib.Path(folder, "run")
         summary = dataclasses.asdict(training.train(setup, workdir, quiet=True))
         for key in ("seconds", "steps_per_second", "apart", "mfu", "mfu_of", "target"):
             del summary[key]
@@ -460,7 +498,11 @@ def public_configs() -> Iterator[type]:
         modules += [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     for module in modules:
         for name, cls in vars(module).items():
-            ours = dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
+            ours = (
+                isinstance(cls, type)
+                and dataclasses.is_dataclass(cls)
+                and cls.__module__ == module.__name__
+            )
             if ours and not name.startswith("_") and cls not in HELD:
                 yield cls
 
@@ -488,7 +530,7 @@ class Faulty(MLPConfig):
 
     dead: int = 1
     choice: Literal["a", "b"] = "a"
-    odd: complex = 1j
+    odd: None = None
     fixed: Annotated[int, annotated_types.Interval(ge=3, le=3)] = 3
 
 
