@@ -362,7 +362,7 @@ def evaluation(e: Experiment) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class OneDevice(Setup):
-    """A setup that runs the programs of another one where their texts are the same."""
+    """A setup that runs the programs of another, so that they are traced once for many runs."""
 
     like: Any
 
@@ -382,8 +382,8 @@ class OneDevice(Setup):
 
 
 @functools.cache
-def one_device(*texts: str) -> list[Any]:
-    """Room for the first setup that has these programs."""
+def first(e: Experiment, *state: bool) -> list[OneDevice]:
+    """Room for the first setup of an experiment without the parts that are in no program."""
     return []
 
 
@@ -391,13 +391,14 @@ def one_device(*texts: str) -> list[Any]:
 def run(e: Experiment) -> str:
     """What a run on one device leaves, but for times and for what only repeats the config."""
     found = prepared(e)
-    first = one_device(init(e), step(e), evaluation(e))
     given = {f.name: getattr(found, f.name) for f in dataclasses.fields(Setup)}
     given["mesh"] = parallel.Parallel().mesh(found.batch_size, tiny.ONE)
-    if not first:
-        first.append(OneDevice(**given, like=None))
-        object.__setattr__(first[0], "like", first[0])
-    setup = OneDevice(**given, like=first[0])
+    late = {f.name: f.default for f in dataclasses.fields(e) if f.name in LATE - {"steps"}}
+    same = first(dataclasses.replace(e, steps=1, **late), e.early_stop.watches)
+    if not same:
+        same.append(OneDevice(**given, like=None))
+        object.__setattr__(same[0], "like", same[0])
+    setup = OneDevice(**given, like=same[0])
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder, "run")
         summary = dataclasses.asdict(training.train(setup, workdir, quiet=True))
@@ -409,7 +410,10 @@ def run(e: Experiment) -> str:
         return digest(tiny.rows(workdir), summary, files, arrays(state))
 
 
-LOOKS = {f.__name__: f for f in (data, mesh, init, step, evaluation)}
+LOOKS = {look.__name__: look for look in (data, mesh, step, init, evaluation, run)}
+"""All that a field may change; those first that take the least time and change most often."""
+LATE = {*experiment.RUNNING, "early_stop", "eval_split"} - {"parallel"}
+"""Parts of an experiment that only a run shows: looked for there at once."""
 
 
 def finding(e: Experiment, path: str) -> str | None:
@@ -418,20 +422,23 @@ def finding(e: Experiment, path: str) -> str | None:
     e = put_all(e, beside(e, owner(e, path)[0]) if callable(beside) else beside)
     prepared(e)
     kind, along = entry(TOGETHER, e, path) or (None, lambda changed: {})
+    if kind is None and path.split(".")[0] in LATE:
+        kind = "run"
     looks = [look for name, look in LOOKS.items() if kind in (None, name)]
-    values, refused, accepted = candidates(e, path), None, []
-    for value in values:
+    refused, accepted = None, []
+    for value in candidates(e, path):
         try:
             changed = put(e, path, value)
             changed = put_all(changed, along(changed))
-            if any(look(e) != look(changed) for look in looks):
-                return None
+            prepared(changed)
             accepted.append(changed)
+            if any(look(e) != look(changed) for look in looks if kind or look is not run):
+                return None
         except ValueError as error:  # of which UserError is one
             refused = refused or error
         except Exception as error:
             return f"{path} = {value!r} is not refused in a line: {error!r}"
-    # Runs come last, because they take the longest.
+    # Runs come last, for they take the longest.
     if kind is None and any(run(e) != run(changed) for changed in accepted):
         return None
     if accepted:
@@ -547,7 +554,7 @@ def test_a_field_that_nothing_reads_is_found_by_name():
 @pytest.mark.parametrize("family", [tiny.mlp, tiny.lstm, tiny.transformer])
 def test_nothing_differs_where_nothing_was_changed(family):
     e = family(steps=2)
-    before = [look(e) for look in (*LOOKS.values(), run)]
-    for look in (prepared, *LOOKS.values(), run):
+    before = [look(e) for look in LOOKS.values()]
+    for look in (prepared, first, *LOOKS.values()):
         look.cache_clear()
-    assert before == [look(e) for look in (*LOOKS.values(), run)]
+    assert before == [look(e) for look in LOOKS.values()]
