@@ -116,7 +116,8 @@ def _rotate(x_BTNh: jax.Array) -> jax.Array:
     angle_1T1h = jnp.outer(jnp.arange(time, dtype=jnp.float32), frequency)[None, :, None]
     cos, sin = jnp.cos(angle_1T1h), jnp.sin(angle_1T1h)
     a, b = jnp.split(x_BTNh, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    # In float32, whose products with bfloat16 are float32, and back.
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTNh.dtype)
 
 
 class FeedForward(nnx.Module):
