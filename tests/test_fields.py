@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import itertools
+import os
 import pathlib
 import pkgutil
 import sys
@@ -29,12 +30,22 @@ import tiny
 
 import research.data
 import research.models
-from research import UserError, checkpoint, command, evaluate, experiment, optim, parallel
+from research import (
+    UserError,
+    checkpoint,
+    command,
+    evaluate,
+    experiment,
+    init_from,
+    optim,
+    parallel,
+)
 from research import tasks as task_module
 from research import train as training
 from research.data.bundled import PythonReference
 from research.data.splits import Examples, Lazy, Streams, Windows
 from research.experiment import EarlyStop, Experiment, Target
+from research.init_from import InitFrom, Name
 from research.models.cnn import CNNConfig
 from research.models.encoder import EncoderConfig
 from research.models.mlp import MLPConfig
@@ -82,7 +93,14 @@ class Labelled:
 
 
 SMALLER: dict[type, dict[str, Any]] = {
-    Experiment: {"steps": 4, "batch_size": 16, "log_every": 1, "eval_every": 2, "save_every": None},
+    Experiment: {
+        "steps": 4,
+        "batch_size": 16,
+        "log_every": 1,
+        "eval_every": 2,
+        "save_every": None,
+        "init_from": InitFrom(),
+    },
     CNNConfig: {"channels": (4, 8), "dense": 8},
     RecurrentConfig: {"width": 8, "features": 4, "layers": 1},
     ResNetConfig: {"layers": (1, 1), "width": 4},
@@ -96,6 +114,7 @@ BASES: dict[str, tuple[Experiment, str]] = {
     "encoder": (tiny.mlp(model=ENCODER, data=Labelled()), "model"),
     "vit": (tiny.vit(), "model"),
     "regress": (tiny.lines(), "task"),
+    "names": (tiny.mlp(init_from=InitFrom(names=(Name(match="^", to=""),))), "init_from"),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
 """For fields that no config has: an experiment, and the part of it that is gone through."""
@@ -134,6 +153,12 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     "_Classes.class_weights": lambda e: [(2.0,) + (1.0,) * (classes(e) - 1)],
     # Beyond what any run reaches, on either side.
     "Target.value": lambda e: [1e9, -1e9],
+    # What a source has; where its names are turned into others the run says what it lacks.
+    "InitFrom.path": lambda e: [source(e)],
+    "InitFrom.step": lambda e: [1],
+    "InitFrom.fresh": lambda e: ["kernel"],
+    "InitFrom.names": lambda e: [(Name(match="^", to="other/"),)],
+    "Name.axes": lambda e: ["a b -> b a"],
     # Of which the tests have a stand-in.
     "Experiment.tracker": lambda e: ["trackio"],
     "Optax.name": lambda e: NAMES,
@@ -179,6 +204,15 @@ BESIDE: dict[str, Any] = {
     # never the greatest, so that the run stops once patience is over.
     "EarlyStop.patience": {**WATCHED, "eval_every": 1, "early_stop.goal": "max"},
     **{f"EarlyStop.{name}": WATCHED for name in ("metric", "goal", "ema", "keep_best")},
+    # There must be something to start from, and of one kind.
+    "InitFrom.path": {"init_from.fresh": None},
+    **dict.fromkeys(
+        [
+            *(f"InitFrom.{f}" for f in ("step", "best", "ema", "fresh", "names")),
+            *(f"Name.{f.name}" for f in dataclasses.fields(Name)),
+        ],
+        lambda e, at: {"init_from.path": source(e), "init_from.fresh": None},
+    ),
     # A group is frozen or trained otherwise, not both.
     "Group.frozen": lambda e, at: {at: Group(match=get(e, at).match)},
 }
@@ -343,7 +377,7 @@ def mesh(e: Experiment) -> str:
 def init(e: Experiment) -> str:
     setup = prepared(e)
     traced = jax.jit(functools.partial(training.init, setup), out_shardings=setup.shardings)
-    return digest(traced.lower(setup.abstract_example()[2]).as_text())
+    return digest(traced.lower(setup.abstract_example()[2], {}).as_text())
 
 
 @functools.cache
@@ -370,8 +404,8 @@ class OneDevice(Setup):
     def programs(self):
         return jax.jit(functools.partial(training.init, self)), super().step(), super()._evaluator
 
-    def initial(self):
-        return self.like.programs[0](self.root)
+    def initial(self, loaded=None):
+        return self.like.programs[0](self.root, {} if loaded is None else loaded.arrays)
 
     def step(self):
         return self.like.programs[1]
@@ -410,7 +444,28 @@ def run(e: Experiment) -> str:
         return digest(tiny.rows(workdir), summary, files, arrays(state))
 
 
-LOOKS = {look.__name__: look for look in (data, mesh, step, init, evaluation, run)}
+@functools.cache
+def source(e: Experiment) -> str:
+    """A run directory to start from, its best checkpoint not its newest."""
+    rising = EarlyStop(keep_best=True, goal="max")
+    kept = {"ema": 0.5, "early_stop": rising, "eval_every": 1, "save_every": 1, "keep": 9}
+    plain = dataclasses.replace(e, **kept, seed=7, steps=3, init_from=InitFrom())
+    folder = tempfile.mkdtemp(dir=os.environ["ERGON_CACHE"])
+    training.train(prepare(plain, tiny.ONE), pathlib.Path(folder, "run"), quiet=True)
+    return f"{folder}/run"
+
+
+@functools.cache
+def start(e: Experiment) -> str:
+    """The state before the first step, or the line that a run ends with instead."""
+    setup = prepare(e, tiny.ONE)
+    try:
+        return digest(arrays(setup.initial(setup.load())))
+    except UserError as error:
+        return str(error)
+
+
+LOOKS = {look.__name__: look for look in (data, mesh, step, init, evaluation, run, start)}
 """All that a field may change; those first that take the least time and change most often."""
 LATE = {*experiment.RUNNING, "early_stop", "eval_split"} - {"parallel"}
 """Parts of an experiment that only a run shows: looked for there at once."""
@@ -424,6 +479,8 @@ def finding(e: Experiment, path: str) -> str | None:
     kind, along = entry(TOGETHER, e, path) or (None, lambda changed: {})
     if kind is None and path.split(".")[0] in LATE:
         kind = "run"
+    if kind is None and path.startswith("init_from"):
+        kind = "start"
     looks = [look for name, look in LOOKS.items() if kind in (None, name)]
     refused, accepted = None, []
     for value in candidates(e, path):
@@ -432,7 +489,7 @@ def finding(e: Experiment, path: str) -> str | None:
             changed = put_all(changed, along(changed))
             prepared(changed)
             accepted.append(changed)
-            if any(look(e) != look(changed) for look in looks if kind or look is not run):
+            if any(look(e) != look(changed) for look in looks if kind or look not in (run, start)):
                 return None
         except ValueError as error:  # of which UserError is one
             refused = refused or error
@@ -499,7 +556,7 @@ HELD = {Lazy, Examples, Windows, Streams}
 
 
 def public_configs() -> Iterator[type]:
-    modules = [optim, parallel, experiment, task_module]
+    modules = [optim, parallel, experiment, task_module, init_from]
     for package in (research.models, research.data):
         names = [info.name for info in pkgutil.iter_modules(package.__path__)]
         modules += [importlib.import_module(f"{package.__name__}.{name}") for name in names]
