@@ -14,10 +14,17 @@ from research.record import read_metrics
 from research.setup import prepare
 from research.train import train
 
+
+def rotary(**fields):
+    model = dataclasses.replace(tiny.transformer().model, positions="rotary")
+    return tiny.transformer(**{"model": model} | fields)
+
+
 FAMILIES = {
     "mlp": tiny.mlp,
     "lstm": tiny.lstm,
     "transformer": tiny.transformer,
+    "rotary": rotary,
     "norm": tiny.norm,
 }
 SENSITIVE = ("exp", "log", "log1p", "rsqrt", "sqrt", "erf_inv", "reduce_max", "cumsum")
