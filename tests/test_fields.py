@@ -52,7 +52,7 @@ from research.models.mlp import MLPConfig
 from research.models.recurrent import RecurrentConfig
 from research.models.resnet import ResNetConfig
 from research.models.transformer import TransformerConfig
-from research.optim import Group, Optax
+from research.optim import Group, Optax, Update
 from research.setup import Setup, prepare
 from research.tasks import Classify, Mean, Task
 
@@ -144,7 +144,7 @@ def like_the_inputs(shape: Callable[[Any], tuple[int, ...]]) -> Callable[[Experi
 MADE: dict[type, Callable[[Experiment], Any]] = {
     Target: lambda e: Target(metric="loss", value=1.0, split=e.eval_split),
     Group: lambda e: Group(match=".", multiplier=0.5),
-    Optax: lambda e: Optax("sgd", {"learning_rate": 0.5}),
+    Update: lambda e: Optax("sgd", {"learning_rate": 0.5}),
 }
 """One of each class that a field may hold instead of None, or add to a tuple."""
 
@@ -214,7 +214,10 @@ BESIDE: dict[str, Any] = {
         lambda e, at: {"init_from.path": source(e), "init_from.fresh": None},
     ),
     # A group is frozen or trained otherwise, not both.
-    "Group.frozen": lambda e, at: {at: Group(match=get(e, at).match)},
+    **dict.fromkeys(
+        ["Group.frozen", "Group.multiplier", "Group.update"],
+        lambda e, at: {at: Group(match=get(e, at).match)},
+    ),
 }
 """What a field needs beside it in order to act: set before and after the change."""
 
@@ -551,8 +554,8 @@ def test_fields_that_no_config_has_are_read(name):
     assert not found, "\n".join(found)
 
 
-HELD = {Lazy, Examples, Windows, Streams}
-"""Dataclasses that hold data, and are made by a source: not configuration."""
+HELD = {Lazy, Examples, Windows, Streams, init_from.Loaded}
+"""Dataclasses that hold data, and are made in reading it: not configuration."""
 
 
 def public_configs() -> Iterator[type]:
