@@ -29,8 +29,9 @@ def _decayed(name: str, **kwargs: Any) -> Callable[[Any, float], Optimizer]:
     return lambda rate, decay: _plain(name, **kwargs, weight_decay=decay)(rate, decay)
 
 
-def _sam(make: Callable[[Any, float], Optimizer]) -> Callable[[Any, float], Optimizer]:
-    return lambda rate, decay: dataclasses.replace(make(rate, decay), sam_rho=0.05)
+def _sam(rate: Any, decay: float) -> Optimizer:
+    """Over momentum, as Foret et al. (2021) have it."""
+    return dataclasses.replace(_plain("sgd", momentum=0.9)(rate, decay), sam_rho=0.05)
 
 
 def _muon(rate: Any, decay: float) -> Optimizer:
@@ -69,8 +70,7 @@ METHODS = {
     "adafactor": Method(rate=0.03, make=_plain("adafactor", min_dim_size_to_factor=16)),
     "muon": Method(rate=3e-3, make=_muon),
     "schedule-free adamw": Method(rate=0.01, make=_schedule_free, constant=True),
-    "sam, momentum": Method(rate=0.1, make=_sam(_plain("sgd", momentum=0.9))),
-    "sam, adamw": Method(rate=3e-3, make=_sam(_decayed("adamw"))),
+    "sam, momentum": Method(rate=0.1, make=_sam),
 }
 
 
