@@ -1,10 +1,10 @@
-"""Learning curves of runs, drawn from their `metrics.jsonl`, and a step on the roofline."""
+"""Learning curves of runs, drawn from their `metrics.jsonl`, a step on the roofline, and ranks."""
 
 import difflib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from research import UserError
 from research.compute import Report
@@ -43,7 +43,7 @@ def curves(
 
     Raises UserError for another suffix, a run without rows, or a metric some run lacks.
     """
-    out = _image(out)
+    out = image(out)
     if x not in _XLABELS:
         raise UserError(f"x is {x!r}; use 'step' or 'seconds'")
     runs = list({Path(run).resolve(): Path(run) for run in runs}.values())
@@ -116,7 +116,7 @@ def roofline(report: Report, out: Path) -> Path:
 
     Raises UserError for another suffix, and for a device of which no rate is known.
     """
-    out = _image(out)
+    out = image(out)
     if report.program is None or not report.rates:
         raise UserError(
             "no rates are known for this device: run scripts/benchmark.py peaks, or use one that "
@@ -168,7 +168,57 @@ def roofline(report: Report, out: Path) -> Path:
     return out
 
 
-def _image(out: Path) -> Path:
+def dots(
+    panels: Mapping[str, Sequence[tuple[str, Sequence[float | None], str]]], out: Path
+) -> Path:
+    """Draw a panel for each quantity, on a log scale: a line for each name; return `out`.
+
+    Args:
+        panels: By the axis's label, from the top: a name, its positive values, each a small circle,
+            and a note, which stands in place of their mean where it is not empty.
+        out: A `.png` or `.svg` file; its directory is created.
+
+    Raises UserError for another suffix.
+    """
+    out = image(out)
+    rows = max(map(len, panels.values()))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure = Figure(figsize=(4.9 * len(panels), 0.27 * rows + 1.1))
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
+        for axis, (label, lines) in zip(
+            figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+        ):
+            for y, (_, values, note) in enumerate(lines):
+                found = [value for value in values if value is not None]
+                axis.scatter(found, [y] * len(found), s=26, facecolors="none", edgecolors="0.45")
+                if note:
+                    across = axis.get_yaxis_transform()
+                    axis.text(0.02, y, note, transform=across, va="center", fontsize=8)
+                else:
+                    mean = sum(found) / len(found)
+                    axis.plot([mean], [y], "|", color=_COLOURS[0], markersize=13, markeredgewidth=3)
+            axis.set(xscale="log", xlabel=label, ylim=(len(lines) - 0.5, -0.5))
+            axis.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+            axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            low, high = axis.get_xlim()
+            narrow = high < 2 * low
+            axis.xaxis.set_minor_locator(LogLocator(subs=range(1, 10)) if narrow else NullLocator())
+            axis.xaxis.set_minor_formatter(FormatStrFormatter("%g"))
+            _plain(axis)
+        keys = [
+            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color="0.45"),
+            Line2D([], [], linestyle="", marker="|", color=_COLOURS[0], markeredgewidth=3),
+        ]
+        keys[1].set_markersize(13)
+        figure.legend(keys, ["a seed", "mean"], loc="outside upper right", ncols=2, frameon=False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=130)
+    return out
+
+
+def image(out: Path) -> Path:
+    """`out`, where its suffix is of a picture that is drawn here. Raises UserError elsewhere."""
     out = Path(out)
     if out.suffix.lower() not in (".png", ".svg"):
         raise UserError(

@@ -260,3 +260,18 @@ def test_a_step_without_products_has_no_roofline(tmp_path):
     step = dataclasses.replace(compute.report(jnp.tanh, jnp.ones(4)), rates=[rates])
     with pytest.raises(UserError, match="no matrix products"):
         plot.roofline(step, tmp_path / "roof.svg")
+
+
+def test_dots_are_named_and_a_note_stands_in_place_of_a_mean(tmp_path):
+    lines = [
+        ("adam", (0.1, 0.2, 0.3), ""),
+        ("sgd", (1.0, None, 2.0), "diverged: 1"),
+        ("x", (), "no"),
+    ]
+    out = plot.dots({"loss (nats)": lines, "other": lines[:1]}, tmp_path / "new" / "dots.svg")
+    shown = texts(out)
+    for text in ("adam", "sgd", "x", "diverged: 1", "no", "loss (nats)", "other", "a seed", "mean"):
+        assert text in shown, text
+    assert shown.index("adam") < shown.index("sgd") < shown.index("x")
+    with pytest.raises(UserError, match=r"cannot write \.pdf"):
+        plot.dots({"loss": lines}, tmp_path / "dots.pdf")

@@ -7,13 +7,17 @@ from typing import Any, Literal
 
 import jax
 import tyro
+from tqdm import tqdm
 
-from research import command, run
-from research.bench import ledger, loop, metering, ngram
+from research import command, plot, run
+from research.bench import ledger, loop, metering, methods, ngram, optimizers
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
 
-USAGE = "python scripts/benchmark.py {ngram [RUN ...], loop CONFIG, peaks [--json FILE], ledger}"
+USAGE = (
+    "python scripts/benchmark.py "
+    "{ngram [RUN ...], loop CONFIG, peaks [--json FILE], ledger, optimizers [--workdir DIR]}"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,4 +137,65 @@ def the_ledger(argv: list[str]) -> None:
         command.write_json(options.json, found)
 
 
-KINDS = {"ngram": ngrams, "loop": the_loop, "peaks": the_peaks, "ledger": the_ledger}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizers:
+    workdir: Path = Path("runs/optimizers")
+    """Holds a run directory for each run; what is finished there is not trained again."""
+    only: tuple[Literal["cnn", "lstm", "transformer"], ...] = ()
+    """Models to compare on; by default all."""
+    steps: int = 300
+    """The budget: updates of plain SGD by mini-batches."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+    plot: Path | None = None
+    """Also draw them: .png or .svg."""
+
+
+def the_optimizers(argv: list[str]) -> None:
+    options = command.parse(Optimizers, USAGE, argv)
+    if options.steps < 1:
+        command.fail(f"--steps must be 1 or more, not {options.steps}")
+    if options.json is not None and not options.json.parent.is_dir():
+        command.fail(f"cannot write {options.json}: there is no folder {options.json.parent}")
+    if options.workdir.exists() and not options.workdir.is_dir():
+        command.fail(f"{options.workdir} is a file, not a folder for runs")
+    models = [name for name in optimizers.CONFIGS if name in options.only or not options.only]
+    found: dict[str, list[optimizers.Row]] = {}
+    with command.one_line_errors():
+        if options.plot is not None:
+            plot.image(options.plot)
+        bases = {name: optimizers.base(name, options.steps) for name in models}
+        config: Any = jax.config
+        if config.jax_compilation_cache_dir is None:
+            # The seeds of a rate, and every evaluation, are one program: compiled once.
+            config.update("jax_compilation_cache_dir", str(options.workdir / "compiled"))
+            config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        total = len(models) * len(methods.METHODS)
+        with tqdm(total=total, disable=not sys.stderr.isatty(), unit="optimizer") as bar:
+
+            def say(line: str) -> None:
+                if bar.disable:
+                    print(line, file=sys.stderr, flush=True)
+                else:
+                    bar.set_postfix_str(line)
+
+            for name, base in bases.items():
+                found[name] = []
+                for row in optimizers.measure(name, base, options.workdir, methods.METHODS, say):
+                    found[name].append(row)
+                    bar.update()
+        print("\n\n".join(optimizers.table(rows) for rows in found.values()))
+        if options.plot is not None:
+            plot.dots(optimizers.panels(found), options.plot)
+    rows = [row.to_json() for rows in found.values() for row in rows]
+    command.write_json(options.json, {"versions": ledger.versions(), "rows": rows})
+
+
+KINDS = {
+    "ngram": ngrams,
+    "loop": the_loop,
+    "peaks": the_peaks,
+    "ledger": the_ledger,
+    "optimizers": the_optimizers,
+}
