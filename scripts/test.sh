@@ -6,4 +6,5 @@ set -euo pipefail
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-"$python" -m pytest "$@"
+# A file's tests stay in one process, which compiles what they share once.
+"$python" -m pytest --numprocesses "${WORKERS:-2}" --dist loadfile "$@"
