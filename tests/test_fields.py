@@ -399,16 +399,17 @@ def evaluation(e: Experiment) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class OneDevice(Setup):
-    """A setup that runs the programs of another, so that they are traced once for many runs."""
+    """A setup with the programs and the initial state of another, made once for many runs."""
 
     like: Any
 
     @functools.cached_property
     def programs(self):
-        return jax.jit(functools.partial(training.init, self)), super().step(), super()._evaluator
+        return super().initial(), super().step(), super()._evaluator
 
     def initial(self, loaded=None):
-        return self.like.programs[0](self.root, {} if loaded is None else loaded.arrays)
+        assert loaded is None  # `start` looks at those that are
+        return jax.tree.map(jnp.copy, self.like.programs[0])  # a run donates its own
 
     def step(self):
         return self.like.programs[1]
@@ -420,7 +421,7 @@ class OneDevice(Setup):
 
 @functools.cache
 def first(e: Experiment, *state: bool) -> list[OneDevice]:
-    """Room for the first setup of an experiment without the parts that are in no program."""
+    """Room for the first setup of an experiment, whatever its `LATE` parts are."""
     return []
 
 

@@ -87,7 +87,8 @@ def planned(base: Experiment, method: Method, rate: float, steps: int, seed: int
         shape = Optax("warmup_constant_schedule", rising)
     else:  # without a step of warm-up optax would stay at 0
         shape = Optax("constant_schedule", {"value": rate})
-    decay = base.optimizer.update.kwargs.get("weight_decay", 0.0)
+    update = base.optimizer.update
+    decay = update.kwargs.get("weight_decay", 0.0) if isinstance(update, Optax) else 0.0
     optimizer = dataclasses.replace(
         method.make(shape, decay),
         clip_norm=base.optimizer.clip_norm,
