@@ -70,7 +70,7 @@ class InitFrom:
         try:
             re.compile(self.fresh or "")
         except re.error as error:
-            raise ValueError(f"init_from.fresh is not a regular expression: {error}") from error
+            raise ValueError(f"fresh is not a regular expression: {error}") from error
 
 
 class Row(NamedTuple):

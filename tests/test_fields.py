@@ -156,6 +156,8 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     # What a source has; where its names are turned into others the run says what it lacks.
     "InitFrom.path": lambda e: [source(e)],
     "InitFrom.step": lambda e: [1],
+    # Fewer than there are, and enough for a batch.
+    "Digits.train": lambda e: [30],
     "InitFrom.fresh": lambda e: ["kernel"],
     "InitFrom.names": lambda e: [(Name(match="^", to="other/"),)],
     "Name.axes": lambda e: ["a b -> b a"],

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from research.experiment import Experiment
+from research.models.cnn import CNNConfig
+from research.models.transformer import TransformerConfig
 from research.optim import Group, Optax, Optimizer
 
 
@@ -14,42 +16,56 @@ class Method:
 
     rate: float
     """The customary learning rate, in the middle of the grid."""
-    make: Callable[[Any, float], Optimizer]
-    """(learning rate or its schedule, decoupled weight decay) -> the optimizer."""
+    make: Callable[[Any, Experiment], Optimizer]
+    """(learning rate or its schedule, the config it trains) -> the optimizer."""
     batch: Literal["config's", "whole", "one"] = "config's"
     constant: bool = False
     """Whether the rate stays after the warm-up, where that of others falls to 0."""
 
 
-def _plain(name: str, **kwargs: Any) -> Callable[[Any, float], Optimizer]:
+def _decay(base: Experiment) -> float:
+    """The config's decoupled weight decay."""
+    update = base.optimizer.update
+    return update.kwargs.get("weight_decay", 0.0) if isinstance(update, Optax) else 0.0
+
+
+def _plain(name: str, **kwargs: Any) -> Callable[[Any, Experiment], Optimizer]:
     return lambda rate, _: Optimizer(update=Optax(name, {"learning_rate": rate, **kwargs}))
 
 
-def _decayed(name: str, **kwargs: Any) -> Callable[[Any, float], Optimizer]:
-    return lambda rate, decay: _plain(name, **kwargs, weight_decay=decay)(rate, decay)
+def _decayed(name: str, **kwargs: Any) -> Callable[[Any, Experiment], Optimizer]:
+    return lambda rate, base: _plain(name, **kwargs, weight_decay=_decay(base))(rate, base)
 
 
-def _sam(rate: Any, decay: float) -> Optimizer:
+def _sam(rate: Any, base: Experiment) -> Optimizer:
     """Over momentum, as Foret et al. (2021) have it."""
-    return dataclasses.replace(_plain("sgd", momentum=0.9)(rate, decay), sam_rho=0.05)
+    return dataclasses.replace(_plain("sgd", momentum=0.9)(rate, base), sam_rho=0.05)
 
 
-def _muon(rate: Any, decay: float) -> Optimizer:
+MATRICES: dict[type, dict[str, Any]] = {
+    CNNConfig: {"convs/": [[-4, -3, -2], -1]},
+    TransformerConfig: {"qkv/kernel": [-4, [-3, -2, -1]]},
+}
+"""Kernels of each model that are matrices of other axes than the last two: Muon's axes by path."""
+
+
+def _muon(rate: Any, base: Experiment) -> Optimizer:
     """Muon for the hidden layers' matrices, AdamW for embeddings, the last layer and vectors."""
     # Of an update's size that is AdamW's (Liu et al. 2025), so that one rate does for both.
-    axes = {"qkv/kernel": [-4, [-3, -2, -1]], "convs/": [[-4, -3, -2], -1], "kernel": [-2, -1]}
-    muon = {"consistent_rms": 0.2, "muon_weight_dimension_numbers": axes, "weight_decay": decay}
+    axes = MATRICES.get(type(base.model), {}) | {"kernel": [-2, -1]}
+    muon = {"muon_weight_dimension_numbers": axes, "weight_decay": _decay(base)}
+    muon["consistent_rms"] = 0.2
     hidden = Group(
         match=r"^(?!head|output).*kernel",
         update=Optax("contrib.muon", {"learning_rate": rate, **muon}),
     )
-    return dataclasses.replace(_decayed("adamw")(rate, decay), groups=(hidden,))
+    return dataclasses.replace(_decayed("adamw")(rate, base), groups=(hidden,))
 
 
-def _schedule_free(rate: Any, decay: float) -> Optimizer:
+def _schedule_free(rate: Any, base: Experiment) -> Optimizer:
     # Not contrib.schedule_free_adamw, whose weight decay takes no mask.
-    inner = Optax("adamw", {"learning_rate": rate, "b1": 0.0, "weight_decay": decay})
-    return _plain("contrib.schedule_free", base_optimizer=inner)(rate, decay)
+    inner = Optax("adamw", {"learning_rate": rate, "b1": 0.0, "weight_decay": _decay(base)})
+    return _plain("contrib.schedule_free", base_optimizer=inner)(rate, base)
 
 
 PLAIN = Method(rate=0.3, make=_plain("sgd"))
@@ -87,10 +103,8 @@ def planned(base: Experiment, method: Method, rate: float, steps: int, seed: int
         shape = Optax("warmup_constant_schedule", rising)
     else:  # without a step of warm-up optax would stay at 0
         shape = Optax("constant_schedule", {"value": rate})
-    update = base.optimizer.update
-    decay = update.kwargs.get("weight_decay", 0.0) if isinstance(update, Optax) else 0.0
     optimizer = dataclasses.replace(
-        method.make(shape, decay),
+        method.make(shape, base),
         clip_norm=base.optimizer.clip_norm,
         no_decay=base.optimizer.no_decay,
     )
