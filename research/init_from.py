@@ -1,16 +1,18 @@
 """Where a run's parameters start: at those of another run, or of a safetensors file."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax.contrib
 import safetensors
@@ -67,6 +69,10 @@ class InitFrom:
     """Regex on the paths of what is left at its initial value, such as "^head"."""
 
     def __post_init__(self) -> None:
+        for field in ("step", "best", "ema", "names", "fresh"):
+            value = getattr(self, field)
+            if self.path is None and value is not None and value not in (False, ()):
+                raise ValueError(f"init_from.{field} does nothing without init_from.path")
         try:
             re.compile(self.fresh or "")
         except re.error as error:
@@ -112,7 +118,7 @@ class Loaded:
         digest = hashlib.sha256()
         for name, array in sorted(self.arrays.items()):
             digest.update(f"{name}:{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(array.tobytes())
         return {
             "path": self.path,
             "step": self.step,
@@ -146,6 +152,8 @@ def load(config: InitFrom, params: Any, model_state: Any) -> Loaded | None:
         raise UserError(
             f"init_from.fresh: {config.fresh!r} matches nothing of {_some(tuple(wanted))}"
         )
+    # Keys and counters of random streams are no weights, and a file has none.
+    fresh |= {name for name, x in wanted.items() if not jnp.issubdtype(x.dtype, jnp.inexact)}
     missing = [name for name in wanted if name not in fresh and name not in renamed]
     if missing:
         raise UserError(
@@ -161,13 +169,18 @@ def load(config: InitFrom, params: Any, model_state: Any) -> Loaded | None:
                 f"init_from: {name} is {list(here)}, and {old} of {path} is {list(there)}{turned}; "
                 f"init_from.fresh leaves it at its initial value"
             )
-    read = source.read([old for old, _ in chosen.values()])
+    with _readable(path):
+        read = source.read([old for old, _ in chosen.values()])
     arrays = {}
     for name, (old, axes) in chosen.items():
         array = read[old]
+        here = wanted[name].dtype
+        kind = jnp.inexact if jnp.issubdtype(here, jnp.complexfloating) else jnp.floating
+        if not jnp.issubdtype(array.dtype, kind):
+            raise UserError(f"init_from: {old} of {path} is {array.dtype}, and {name} is {here}")
         if axes is not None:
             array = einops.rearrange(array, axes, **_lengths(axes, wanted[name].shape))
-        arrays[name] = array.astype(wanted[name].dtype)
+        arrays[name] = array.astype(here)
         if not np.all(np.isfinite(arrays[name])):
             raise UserError(f"init_from: {old} of {path} holds a number that is not finite")
     rows = [
@@ -229,7 +242,7 @@ def _turned(there: Shape, axes: str | None, here: Shape) -> Shape | None:
     try:
         empty = np.broadcast_to(np.zeros((), np.bool_), there)
         return einops.rearrange(empty, axes, **_lengths(axes, here)).shape
-    except einops.EinopsError:
+    except (einops.EinopsError, TypeError):  # TypeError: an axis is called as an argument is
         return None
 
 
@@ -242,10 +255,14 @@ class _File:
         self.path = path
         try:
             with safetensors.safe_open(path, framework="np") as file:
-                self.original = {name.replace(".", "/"): name for name in file.keys()}  # noqa: SIM118
+                names = list(file.keys())
+                count = len(names)
+                self.original = {name.replace(".", "/"): name for name in names}
                 shapes = {k: file.get_slice(v).get_shape() for k, v in self.original.items()}
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"init_from: cannot read {path}: {error}") from None
+        if len(shapes) < count:
+            raise UserError(f"init_from: {path} has names that differ in dots and slashes alone")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -264,7 +281,8 @@ class _Run:
         self.saved = path / "checkpoints"
         step = checkpoint.find(self.saved, _best(path) if config.best else config.step)
         self.step: int | None = step
-        self.tree = checkpoint.outline(self.saved, step)
+        with _readable(path):
+            self.tree = checkpoint.outline(self.saved, step)
         self.parts = ("ema" if config.ema else "params", "model_state")
         if not self.tree[self.parts[0]]:
             raise UserError(f"init_from.ema: {path} kept no moving average")
@@ -288,9 +306,21 @@ class _Run:
         return {name: arrays[name] for name in names}
 
 
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """What is damaged, or of a kind that its reader does not know, in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"init_from: cannot read {path}: {reason}") from error
+
+
 def _best(path: pathlib.Path) -> int:
-    summary = path / "summary.json"
-    found = json.loads(summary.read_text()).get("best") if summary.is_file() else None
+    if not (path / "summary.json").is_file():
+        raise UserError(f"init_from.best: {path} has not finished: it has no summary.json")
+    with _readable(path):
+        found = dict(json.loads((path / "summary.json").read_text())).get("best")
     if found is None:
         raise UserError(f"init_from.best: {path} has no best checkpoint: see early_stop.keep_best")
     return int(found)

@@ -127,15 +127,16 @@ def write_json(workdir: pathlib.Path, name: str, value: Any) -> None:
         write(workdir, name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str) -> None:
-    """Writes what is known before the first step."""
+def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str, new: bool) -> None:
+    """Writes what is known before the first step. new: nothing was saved here before."""
     if jax.process_index() == 0:
         about = environment() | {"seed": experiment.seed, "data": fingerprint}
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {workdir}: {error.strerror}") from None
-        for stale in ("summary.json", "table.txt"):  # of fewer steps
+        # Of fewer steps, and of a run that ended before it saved anything.
+        for stale in ("summary.json", "table.txt", *(["init_from.json"] if new else [])):
             (workdir / stale).unlink(missing_ok=True)
         write(workdir, "environment.json", json.dumps(about, indent=2) + "\n")
         write(workdir, "config.json", experiments.dumps(experiment))

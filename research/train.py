@@ -155,8 +155,9 @@ def train(
     news = run.check(workdir, e, setup.fingerprint)
     if finished := run.finished(workdir, e, news):
         return finished
-    loaded = None if checkpoint.steps(workdir / "checkpoints") else setup.load()
-    run.start(workdir, e, setup.fingerprint)
+    new = not checkpoint.steps(workdir / "checkpoints")
+    loaded = setup.load() if new else None
+    run.start(workdir, e, setup.fingerprint, new)
     if loaded is not None:
         run.write_json(workdir, "init_from.json", loaded.json())
         news = [*news, loaded.line()]

@@ -114,7 +114,10 @@ BASES: dict[str, tuple[Experiment, str]] = {
     "encoder": (tiny.mlp(model=ENCODER, data=Labelled()), "model"),
     "vit": (tiny.vit(model=dataclasses.replace(tiny.vit().model, layers=1)), "model"),
     "regress": (tiny.lines(), "task"),
-    "names": (tiny.mlp(init_from=InitFrom(names=(Name(match="^", to=""),))), "init_from"),
+    "names": (
+        tiny.mlp(init_from=InitFrom(path="absent", names=(Name(match="^", to=""),))),
+        "init_from",
+    ),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
 """For fields that no config has: an experiment, and the part of it that is gone through."""

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from safetensors.numpy import save_file
 
 from research import UserError, init_from
@@ -22,7 +24,7 @@ from research.train import train
 def source(tmp_path_factory):
     """A finished run with running statistics and a moving average, and its last state."""
     workdir = tmp_path_factory.mktemp("source") / "run"
-    early = EarlyStop(keep_best=True)
+    early = EarlyStop(keep_best=True, goal="max")  # so that the best is not the newest
     e = tiny.resnet(ema=0.5, steps=6, eval_every=2, save_every=2, keep=9, early_stop=early)
     return workdir, tiny.final_state(e, workdir)
 
@@ -63,7 +65,7 @@ def test_its_moving_average_an_earlier_step_or_the_best(source):
     assert loaded.step == 2
     differ(early.params["head"], last.params["head"])
     best = json.loads((path / "summary.json").read_text())["best"]
-    assert start(tiny.resnet(init_from=from_(path, best=True)))[1].step == best
+    assert start(tiny.resnet(init_from=from_(path, best=True)))[1].step == best != 6
 
 
 def test_what_is_fresh_keeps_its_initial_value(source):
@@ -273,13 +275,88 @@ def test_eight_devices_start_as_one_does(source):
     assert "fsdp" in wanted.spec
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64])
+def test_numbers_that_are_no_weights_are_refused(tmp_path, dtype):
+    given, _ = start(tiny.mlp())
+    arrays = torch_like(given.params)
+    arrays["net.1.bias"] = arrays["net.1.bias"].astype(dtype)
+    save_file(arrays, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"net/1/bias of .* is .*, and layers/1/bias is float32"):
+        start(tiny.mlp(init_from=from_(tmp_path / "a.safetensors", names=TORCH)))
+
+
+def test_names_that_differ_in_dots_alone_are_refused(tmp_path):
+    save_file({"a.b": np.ones(1), "a/b": np.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="dots and slashes"):
+        start(tiny.mlp(init_from=from_(tmp_path / "a.safetensors")))
+
+
+@pytest.mark.parametrize("field", [{"step": 1}, {"best": True}, {"ema": True}, {"fresh": "head"}])
+def test_what_acts_on_a_source_needs_one(field):
+    with pytest.raises(ValueError, match=rf"init_from.{next(iter(field))} does nothing without"):
+        InitFrom(**field)
+
+
+def test_damaged_runs_are_one_line(tmp_path):
+    tiny.final_state(tiny.mlp(steps=1), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text('{"best"')
+    with pytest.raises(UserError, match="cannot read"):
+        start(tiny.mlp(init_from=from_(tmp_path / "run", best=True)))
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(UserError, match="has not finished"):
+        start(tiny.mlp(init_from=from_(tmp_path / "run", best=True)))
+    for file in (tmp_path / "run" / "checkpoints" / "1" / "state").rglob("d/*"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot read") as raised:
+        start(tiny.mlp(init_from=from_(tmp_path / "run")))
+    assert "\n" not in str(raised.value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnKeysConfig:
+    """A model in bfloat16 with a random stream of its own."""
+
+    def make(self, rngs):
+        return OwnKeys(rngs)
+
+
+class OwnKeys(nnx.Module):
+    def __init__(self, rngs):
+        self.head = nnx.Linear(5, 3, param_dtype=jnp.bfloat16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, rngs=None):
+        return self.head(x)
+
+
+def test_bfloat16_parameters_and_keys_of_the_models_own(tmp_path):
+    e = tiny.mlp(model=OwnKeysConfig(), steps=2)
+    last = tiny.final_state(e, tmp_path / "run")
+    again = dataclasses.replace(e, init_from=from_(tmp_path / "run"))
+    state, loaded = start(again)
+    same(state.params, last.params)
+    assert len(loaded.json()["sha256"]) == 64
+    fresh = [row.name for row in loaded.rows if row.source is None]
+    assert fresh
+    assert all(name.startswith("dropout/rngs") for name in fresh)
+
+
+def test_the_report_of_a_run_that_saved_nothing_does_not_outlive_it(source, tmp_path):
+    setup = prepare(tiny.mlp(steps=1), tiny.ONE)
+    (tmp_path / "run").mkdir()
+    for name in ("init_from.json", "config.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    train(setup, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "init_from.json").exists()
+
+
 # ---- a frozen backbone
 
 
 def test_a_linear_probe_trains_its_head_and_leaves_the_function_before_it(source, tmp_path):
     path, last = source
     probe = dataclasses.replace(
-        tiny.ADAMW, groups=(Group(match="^(?!head)", frozen=True),), no_decay=""
+        tiny.ADAMW, groups=(Group(match="^(?!head)", frozen=True),), no_decay="(?!)"
     )
     e = tiny.resnet(optimizer=probe, steps=3, init_from=from_(path, fresh="^head"))
     after = tiny.final_state(e, tmp_path / "run")
@@ -292,7 +369,7 @@ def test_a_linear_probe_trains_its_head_and_leaves_the_function_before_it(source
 def test_only_norms_that_are_frozen_whole_keep_their_statistics(source, tmp_path):
     path, last = source
     group = Group(match="^stem|^blocks/0/norms/0/bias", frozen=True)
-    some = dataclasses.replace(tiny.ADAMW, groups=(group,), no_decay="")
+    some = dataclasses.replace(tiny.ADAMW, groups=(group,), no_decay="(?!)")
     e = tiny.resnet(optimizer=some, steps=2, init_from=from_(path))
     after = tiny.final_state(e, tmp_path / "run")
     same(after.model_state["stem_norm"], last.model_state["stem_norm"])

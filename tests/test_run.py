@@ -103,14 +103,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is a file"):
         run.check(tmp_path / "thesis.tex", tiny.mlp(), "")
     with pytest.raises(UserError, match=r"cannot make .*: Not a directory"):
-        run.start(tmp_path / "thesis.tex" / "run", tiny.mlp(), "")
+        run.start(tmp_path / "thesis.tex" / "run", tiny.mlp(), "", new=True)
     with pytest.raises(UserError, match=r"has no config\.json"):
         run.summary(tmp_path)
     assert run.check(tmp_path / "new", tiny.mlp(), "") == []
 
 
 def test_an_unfinished_run_has_no_summary_and_a_broken_file_is_named(tmp_path):
-    run.start(tmp_path, tiny.mlp(), "")
+    run.start(tmp_path, tiny.mlp(), "", new=True)
     with pytest.raises(UserError, match="has not finished"):
         run.summary(tmp_path)
     (tmp_path / "checkpoints/3").mkdir(parents=True)
