@@ -19,7 +19,7 @@ import safetensors
 from annotated_types import Ge
 
 from research import UserError, checkpoint
-from research.optim import path_of
+from research.optim import Optimizer, path_of, some
 
 Shape = tuple[int, ...]
 
@@ -110,7 +110,7 @@ class Loaded:
         return (
             f"init_from {self.path}{at}: {len(read)} of {len(numbers)} arrays, "
             f"{sum(read):,} of {sum(numbers):,} numbers; "
-            f"fresh: {', '.join(fresh) or 'none'}; not used: {_some(self.unused)}"
+            f"fresh: {', '.join(fresh) or 'none'}; not used: {some(self.unused)}"
         )
 
     def json(self) -> dict[str, Any]:
@@ -149,15 +149,13 @@ def load(config: InitFrom, params: Any, model_state: Any) -> Loaded | None:
     renamed = _renamed(config.names, source.shapes)
     fresh = {name for name in wanted if config.fresh and re.search(config.fresh, name)}
     if config.fresh and not fresh:
-        raise UserError(
-            f"init_from.fresh: {config.fresh!r} matches nothing of {_some(tuple(wanted))}"
-        )
+        raise UserError(f"init_from.fresh: {config.fresh!r} matches nothing of {some(wanted)}")
     # Keys and counters of random streams are no weights, and a file has none.
     fresh |= {name for name, x in wanted.items() if not jnp.issubdtype(x.dtype, jnp.inexact)}
     missing = [name for name in wanted if name not in fresh and name not in renamed]
     if missing:
         raise UserError(
-            f"init_from: {path} has no {_some(missing)}; it has {_some(tuple(renamed))}. Give "
+            f"init_from: {path} has no {some(missing)}; it has {some(renamed)}. Give "
             "init_from.names, or leave what is missing at its initial value by init_from.fresh"
         )
     chosen = {name: renamed[name] for name in wanted if name not in fresh}
@@ -211,9 +209,7 @@ def _renamed(names: Iterable[Name], shapes: Mapping[str, Shape]) -> dict[str, tu
     found: dict[str, tuple[str, str | None]] = {name: (name, None) for name in shapes}
     for name in names:
         if not any(re.search(name.match, new) for new in found):
-            raise UserError(
-                f"init_from.names: {name.match!r} is found in none of {_some(tuple(found))}"
-            )
+            raise UserError(f"init_from.names: {name.match!r} is found in none of {some(found)}")
         after: dict[str, tuple[str, str | None]] = {}
         for new, (old, axes) in found.items():
             to, count = re.subn(name.match, name.to, new)
@@ -253,15 +249,11 @@ class _File:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        try:
-            with safetensors.safe_open(path, framework="np") as file:
-                names = list(file.keys())
-                count = len(names)
-                self.original = {name.replace(".", "/"): name for name in names}
-                shapes = {k: file.get_slice(v).get_shape() for k, v in self.original.items()}
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"init_from: cannot read {path}: {error}") from None
-        if len(shapes) < count:
+        with _readable(path), safetensors.safe_open(path, framework="np") as file:
+            names = list(file.keys())
+            self.original = {name.replace(".", "/"): name for name in names}
+            shapes = {k: file.get_slice(v).get_shape() for k, v in self.original.items()}
+        if len(shapes) < len(names):
             raise UserError(f"init_from: {path} has names that differ in dots and slashes alone")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
 
@@ -296,14 +288,11 @@ class _Run:
             wanted["opt_state"] = self.tree["opt_state"]
         assert self.step is not None
         found = checkpoint.arrays(self.saved, self.step, wanted)
-        arrays = {name: a for part in self.parts for name, a in flat(found[part]).items()}
-        for node in _schedule_free(found.get("opt_state")):
-            state = optax.contrib.ScheduleFreeState(**node)
-            for name, z in flat(state.z).items():
-                of_one = state._replace(z=z)
-                judged = optax.contrib.schedule_free_eval_params(of_one, arrays[name])
-                arrays[name] = np.asarray(judged)
-        return {name: arrays[name] for name in names}
+        nodes = _schedule_free(found.get("opt_state"))
+        states = [optax.contrib.ScheduleFreeState(**node) for node in nodes]
+        first, rest = (found[part] for part in self.parts)
+        arrays = flat(Optimizer.eval_params(states, first)) | flat(rest)
+        return {name: np.asarray(arrays[name]) for name in names}
 
 
 @contextlib.contextmanager
@@ -339,9 +328,3 @@ def _schedule_free(node: Any) -> list[dict[str, Any]]:
 def flat(tree: Any) -> dict[str, Any]:
     """The leaves by path, "layers/0/kernel"."""
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:8]) or "nothing"
-    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")

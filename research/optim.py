@@ -9,7 +9,7 @@ import itertools
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import jax
@@ -30,6 +30,7 @@ __all__ = [
     "decay_mask",
     "path_of",
     "schedule",
+    "some",
 ]
 
 VECTORS = r"(^|/)(bias|scale|.*norm.*)(/|$)"
@@ -39,6 +40,13 @@ VECTORS = r"(^|/)(bias|scale|.*norm.*)(/|$)"
 def path_of(key_path: tuple[Any, ...]) -> str:
     """The path of a leaf as "layers/0/kernel", from the keys that jax.tree_util gives it."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def some(paths: Iterable[str]) -> str:
+    """The first eight, for a message, and how many more there are."""
+    paths = list(paths)
+    shown = ", ".join(paths[:8]) or "nothing"
+    return shown + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:
@@ -330,8 +338,8 @@ class Optimizer:
             if str(i) not in labels:
                 earlier = any(re.search(group.match, path) for path in paths)
                 which = "that an earlier group leaves; it is" if earlier else "of"
-                some = f"{group.match!r}" if earlier else _some(paths)
-                raise ValueError(f"groups: {group.match!r} matches no parameter {which} {some}")
+                whose = f"{group.match!r}" if earlier else some(paths)
+                raise ValueError(f"groups: {group.match!r} matches no parameter {which} {whose}")
         if all(label != _REST and self.groups[int(label)].frozen for label in labels):
             raise ValueError("groups: every parameter is frozen")
         # By regex, for several groups may share an optimizer, and one of them have no match.
@@ -343,7 +351,7 @@ class Optimizer:
         for regex, its_paths in given.items():
             if not any(re.search(regex, path) for path in its_paths):
                 raise ValueError(
-                    f"{_MATRICES}: {regex!r} matches no parameter of {_some(its_paths)}"
+                    f"{_MATRICES}: {regex!r} matches no parameter of {some(its_paths)}"
                 )
         try:
             jax.eval_shape(lambda p: self.make().init(p), params)
@@ -369,7 +377,8 @@ class Optimizer:
         scale = jnp.where(norm > 0, (self.sam_rho or 0.0) / norm, 0.0)
         return jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, grads)
 
-    def eval_params(self, opt_state: Any, params: Any) -> Any:
+    @staticmethod
+    def eval_params(opt_state: Any, params: Any) -> Any:
         """The parameters to judge: those of training, but the average of a schedule-free method."""
 
         def found(node: Any) -> bool:
@@ -559,10 +568,6 @@ def _check_regex(where: str, regex: Any) -> None:
         re.compile(regex)
     except (re.error, TypeError) as error:
         raise ValueError(f"{where} is not a regular expression: {error}") from error
-
-
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
 def _keep_dtypes(inner: optax.GradientTransformation) -> optax.GradientTransformation:
