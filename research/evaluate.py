@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from research import parallel
 from research.data import splits
 from research.modules import merged
+from research.tasks import skipped
 
 
 class Report(NamedTuple):
@@ -35,7 +36,7 @@ class Evaluator:
             kept = task.gather(outputs, batch)
             # Whole on every device, so that any process can read all rows.
             kept = jax.lax.with_sharding_constraint(kept, parallel.replicated(mesh))
-            return task.score(outputs, batch), kept, carry
+            return task.score(outputs, batch) | skipped(batch), kept, carry
 
         self.step = step
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,8 +127,17 @@ def write_json(workdir: pathlib.Path, name: str, value: Any) -> None:
         write(workdir, name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str, new: bool) -> None:
-    """Writes what is known before the first step. new: nothing was saved here before."""
+def start(
+    workdir: pathlib.Path,
+    experiment: Experiment,
+    fingerprint: str,
+    new: bool,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Writes what is known before the first step, and files by name: the data's own.
+
+    new: nothing was saved here before.
+    """
     if jax.process_index() == 0:
         about = environment() | {"seed": experiment.seed, "data": fingerprint}
         try:
@@ -140,6 +149,8 @@ def start(workdir: pathlib.Path, experiment: Experiment, fingerprint: str, new: 
             (workdir / stale).unlink(missing_ok=True)
         write(workdir, "environment.json", json.dumps(about, indent=2) + "\n")
         write(workdir, "config.json", experiments.dumps(experiment))
+        for name, text in (files or {}).items():
+            write(workdir, name, text)
 
 
 def recorder(workdir: pathlib.Path, e: Experiment, step: int, flops: int, quiet: bool) -> Recorder:

@@ -27,6 +27,10 @@ class Setup:
 
     experiment: Experiment
     splits: Mapping[str, splits.Split]
+    files: Mapping[str, str]
+    """Texts that a run keeps beside its config, by name: the data's vocabulary, or its scales."""
+    notes: Sequence[str]
+    """What the log says of the data."""
     fingerprint: str
     batch_size: int
     mesh: Mesh
@@ -177,6 +181,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     setup = Setup(
         experiment=experiment,
         splits=data,
+        files=getattr(data, "files", {}),
+        notes=getattr(data, "notes", ()),
         fingerprint=splits.fingerprint(data),
         batch_size=batch_size,
         mesh=mesh,

@@ -100,6 +100,14 @@ class Task:
         """Raises UserError where a split's targets do not fit the model's outputs."""
 
 
+def skipped(batch: Batch) -> Metrics:
+    """The share of bad rows (tokens, in a text), where the data skips them; padding apart."""
+    if "bad" not in batch:
+        return {}
+    bad = batch["bad"].astype(batch["weights"].dtype)
+    return {"bad": Mean(jnp.sum(bad), jnp.sum(bad) + jnp.sum(batch["weights"]))}
+
+
 def _wide(outputs: jax.Array) -> jax.Array:
     return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 

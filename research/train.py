@@ -17,7 +17,7 @@ from research.data import splits
 from research.evaluate import mean
 from research.init_from import replaced
 from research.modules import merged, variables
-from research.tasks import Mean
+from research.tasks import Mean, skipped
 
 if TYPE_CHECKING:
     from research.setup import Setup
@@ -106,6 +106,7 @@ def gradients(setup: "Setup", state: State, params: Any, batch: Any, key: jax.Ar
         ) as model:
             loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), carry)
         _, model_state = variables(model)
+        metrics = metrics | skipped(batch)
         return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
 
     grad = jax.grad(loss_of, has_aux=True)
@@ -157,7 +158,7 @@ def train(
         return finished
     new = not checkpoint.steps(workdir / "checkpoints")
     loaded = setup.load() if new else None
-    run.start(workdir, e, setup.fingerprint, new)
+    run.start(workdir, e, setup.fingerprint, new, setup.files)
     if loaded is not None:
         run.write_json(workdir, "init_from.json", loaded.json())
         news = [*news, loaded.line()]
@@ -177,7 +178,7 @@ def train(
         log = stack.enter_context(run.recorder(workdir, e, start, ledger.count.model_flops, quiet))
         trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
         asked = stack.enter_context(checkpoint.stop_requested())
-        for line in (*news, ledger.line()):
+        for line in (*setup.notes, *news, ledger.line()):
             log.message(line)
 
         def report(step: int, metrics: Any) -> None:

@@ -12,23 +12,30 @@ import numpy as np
 from research import UserError
 
 Batch = dict[str, np.ndarray]
+ALL = slice(None)
 
 
 class Split(Protocol):
-    """One part of a data set."""
+    """One part of a data set.
 
-    threads: ClassVar[int]
-    """Threads that make batches ahead; 0 where arrays are in memory."""
+    `part` is the rows of a batch that are asked for, as a process asks for its share: the shares
+    of all processes, one after the other, are the whole batch.
+    """
+
+    @property
+    def threads(self) -> int:
+        """Threads that make batches ahead; 0 where arrays are in memory."""
+        ...
 
     def __len__(self) -> int:
         """Examples: rows, or predicted tokens."""
         ...
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+    def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
         """The training batch of a step: a pure function of its arguments."""
         ...
 
-    def evaluation(self, batch_size: int) -> Sequence[Batch]:
+    def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
         """Every example once, in order; the last batch is padded with weight 0."""
         ...
 
@@ -39,6 +46,20 @@ class Split(Protocol):
     def arrays(self) -> Mapping[str, np.ndarray]:
         """What the split holds, for its fingerprint."""
         ...
+
+
+class Splits(dict[str, Split]):
+    """What a source loads, where a plain dict of splits is not all.
+
+    files: texts that a run keeps beside its config, by name: what raw rows were turned into
+    numbers with. notes: lines for its log.
+    """
+
+    def __init__(
+        self, splits: Mapping[str, Split], files: Mapping[str, str], notes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(splits)
+        self.files, self.notes = dict(files), list(notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +106,19 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
     return digest.hexdigest()
 
 
-def _padded(batch: Batch, size: int) -> Batch:
-    """Repeats the first row up to `size`; the caller gives those rows weight 0."""
-    short = size - len(batch["weights"])
-    rows = {k: np.concatenate([v, np.repeat(v[:1], short, axis=0)]) for k, v in batch.items()}
-    rows["weights"][size - short :] = 0
-    return rows
+def _padded(index: np.ndarray, i: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batch i of an index, the first of it repeated where it ends; and what is padding."""
+    places = np.arange(i * batch_size, (i + 1) * batch_size)
+    padding = places >= len(index)
+    return index[np.where(padding, 0, places)], padding
+
+
+def _blank(batch: Batch, padding: np.ndarray) -> Batch:
+    """Gives padding weight 0, and calls it no bad row."""
+    batch["weights"][padding] = 0
+    if "bad" in batch:
+        batch["bad"][padding] = False
+    return batch
 
 
 @lru_cache(maxsize=4)
@@ -102,7 +130,8 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 class Examples:
     """Independent rows, shuffled anew each epoch. A batch may span two epochs.
 
-    `rows` maps a batch's keys to arrays whose first axis is the example.
+    `rows` maps a batch's keys to arrays whose first axis is the example. Among them may be bad
+    (bool): those rows keep their places with weight 0.
     """
 
     threads: ClassVar[int] = 0
@@ -111,19 +140,13 @@ class Examples:
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        n = len(self)
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = positions // n
-        index = np.concatenate(
-            [_permutation(seed, int(e), n)[positions[epochs == e] % n] for e in np.unique(epochs)]
-        )
-        return self._take(index)
+    def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
+        return self._take(shuffled(step, batch_size, seed, len(self))[part])
 
-    def evaluation(self, batch_size: int) -> Sequence[Batch]:
+    def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
         def make(i: int) -> Batch:
-            index = np.arange(i * batch_size, min((i + 1) * batch_size, len(self)))
-            return _padded(self._take(index), batch_size)
+            index, padding = _padded(np.arange(len(self)), i, batch_size)
+            return _blank(self._take(index[part]), padding[part])
 
         return Lazy(make, -(-len(self) // batch_size))
 
@@ -135,8 +158,20 @@ class Examples:
         return self.rows
 
     def _take(self, index: np.ndarray) -> Batch:
+        batch = {k: v[index] for k, v in self.rows.items()}
         weights = np.ones(len(index), np.float32)
-        return {k: v[index] for k, v in self.rows.items()} | {"weights": weights}
+        if "bad" in batch:
+            weights[batch["bad"]] = 0
+        return batch | {"weights": weights}
+
+
+def shuffled(step: int, batch_size: int, seed: int, n: int) -> np.ndarray:
+    """The rows of a step's batch, of n that are shuffled anew each epoch."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n
+    return np.concatenate(
+        [_permutation(seed, int(e), n)[positions[epochs == e] % n] for e in np.unique(epochs)]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,27 +180,28 @@ class Windows:
 
     Training draws the starts of windows uniformly with replacement; evaluation goes through the
     stream once in windows that follow one another, so that every token but the first is predicted
-    exactly once.
+    exactly once. bad: tokens (bool) that are not to be predicted.
     """
 
     threads: ClassVar[int] = 0
     tokens: np.ndarray
     length: int
+    bad: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens) - 1
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+    def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(len(self) - self.length + 1, size=batch_size)
-        return self._take(starts)
+        return self._take(starts[part])
 
-    def evaluation(self, batch_size: int) -> Sequence[Batch]:
+    def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
         starts = np.arange(0, len(self), self.length)
 
         def make(i: int) -> Batch:
-            rows = starts[i * batch_size : (i + 1) * batch_size]
-            return _padded(self._take(rows), batch_size)
+            rows, padding = _padded(starts, i, batch_size)
+            return _blank(self._take(rows[part]), padding[part])
 
         return Lazy(make, -(-len(starts) // batch_size))
 
@@ -177,17 +213,11 @@ class Windows:
             )
 
     def arrays(self) -> Mapping[str, np.ndarray]:
-        return {"tokens": self.tokens}
+        return _tokens(self.tokens, self.bad)
 
     def _take(self, starts: np.ndarray) -> Batch:
         index = starts[:, None] + np.arange(self.length + 1)
-        inside = index < len(self.tokens)
-        tokens = np.where(inside, self.tokens[np.minimum(index, len(self))], 0).astype(np.int32)
-        return {
-            "inputs": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "weights": inside[:, 1:].astype(np.float32),
-        }
+        return predicted(self.tokens, index, index[:, 1:] < len(self.tokens), self.bad)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,24 +226,27 @@ class Streams:
 
     Batch n continues batch n - 1 row by row (truncated back-propagation through time); `reset` is
     True where the rows start again from their beginnings. A few tokens at the end, fewer than a
-    batch, are not trained on; evaluation counts every token but the first exactly once.
+    batch, are not trained on; evaluation counts every token but the first exactly once. bad: tokens
+    (bool) that are not to be predicted.
     """
 
     threads: ClassVar[int] = 0
     tokens: np.ndarray
     length: int
+    bad: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens) - 1
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+    def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
         row = len(self) // batch_size
         per_epoch = row // self.length
-        return self._take(step % per_epoch, row, batch_size)
+        return self._take(step % per_epoch, row, np.arange(batch_size)[part])
 
-    def evaluation(self, batch_size: int) -> Sequence[Batch]:
+    def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
         row = -(-len(self) // batch_size)
-        return Lazy(lambda i: self._take(i, row, batch_size), -(-row // self.length))
+        rows = np.arange(batch_size)[part]
+        return Lazy(lambda i: self._take(i, row, rows), -(-row // self.length))
 
     def check(self, batch_size: int) -> None:
         if len(self) // batch_size < self.length:
@@ -223,17 +256,33 @@ class Streams:
             )
 
     def arrays(self) -> Mapping[str, np.ndarray]:
-        return {"tokens": self.tokens}
+        return _tokens(self.tokens, self.bad)
 
-    def _take(self, i: int, row: int, batch_size: int) -> Batch:
+    def _take(self, i: int, row: int, rows: np.ndarray) -> Batch:
         within = i * self.length + np.arange(self.length + 1)
-        index = np.arange(batch_size)[:, None] * row + within
+        index = rows[:, None] * row + within
         # A row's last target is the next row's first input, so a row holds `row` predictions.
         inside = (within[1:] <= row) & (index[:, 1:] < len(self.tokens))
-        tokens = self.tokens[np.minimum(index, len(self))].astype(np.int32)
-        return {
-            "inputs": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "weights": inside.astype(np.float32),
-            "reset": np.full(batch_size, i == 0),
-        }
+        batch = predicted(self.tokens, index, inside, self.bad)
+        return batch | {"reset": np.full(len(rows), i == 0)}
+
+
+def predicted(
+    tokens: np.ndarray, index_BT: np.ndarray, inside_BT: np.ndarray, bad: np.ndarray | None
+) -> Batch:
+    """Rows of tokens, each but the first of a row predicted from those before.
+
+    index_BT: places of the tokens [B, T + 1]; inside_BT: which of the T predictions count.
+    """
+    index_BT = np.minimum(index_BT, len(tokens) - 1)
+    rows = tokens[index_BT].astype(np.int32)
+    batch = {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
+    weights = inside_BT.astype(np.float32)
+    if bad is not None:
+        batch["bad"] = bad[index_BT[:, 1:]] & inside_BT
+        weights[batch["bad"]] = 0
+    return batch | {"weights": weights}
+
+
+def _tokens(tokens: np.ndarray, bad: np.ndarray | None) -> Mapping[str, np.ndarray]:
+    return {"tokens": tokens} | ({} if bad is None else {"bad": bad})

@@ -1,0 +1,73 @@
+"""Where data is found, and where what was made of it is kept."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from research import UserError
+
+VERSION = 1
+"""Of what `cached` keeps: a change in how data is read makes it anew."""
+
+
+def find(path: str) -> pathlib.Path:
+    """A file or folder as it is named or, where the name is relative, below $ERGON_DATA.
+
+    Raises UserError where it is in neither place.
+    """
+    near = pathlib.Path(path).expanduser()
+    places = [near]
+    if root := os.environ.get("ERGON_DATA"):
+        places.append(pathlib.Path(root).expanduser() / near)
+    for place in places:
+        if place.exists():
+            return place
+    hint = f", nor below ERGON_DATA = {root}" if root else "; ERGON_DATA may name its folder"
+    raise UserError(f"no data at {path}{hint}")
+
+
+def stamp(*paths: pathlib.Path) -> list[Any]:
+    """What tells files from others of their names, unread: sizes and times of change."""
+    found = ((path, path.stat()) for path in paths)
+    return [[str(path.resolve()), s.st_size, s.st_mtime_ns] for path, s in found]
+
+
+def cached(key: Any, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """The folder that `make` fills, filled once for each key (JSON values).
+
+    It lies in $ERGON_CACHE, or in ergon/ of $XDG_CACHE_HOME or of ~/.cache, and appears whole:
+    processes that make it at once each make their own, and the first stays.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    data = pathlib.Path(os.environ.get("ERGON_CACHE") or f"{cache}/ergon") / "data"
+    name = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:32]
+    if (data / name).is_dir():
+        return data / name
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=data))
+    except OSError as error:
+        raise UserError(f"cannot keep data in {data}: {error.strerror}") from None
+    try:
+        make(temporary)
+        (temporary / "key.json").write_text(json.dumps(key, indent=2) + "\n")
+        try:
+            os.rename(temporary, data / name)
+        except OSError:
+            if not (data / name).is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return data / name
+
+
+def mapped(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The .npy files of a folder by name, memory-mapped: read when rows are asked for."""
+    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
