@@ -19,6 +19,7 @@ from annotated_types import Ge, Gt, Interval
 from flax import nnx
 
 from research import UserError, metrics, mixing
+from research.augment import Augment
 
 Batch = Mapping[str, jax.Array]
 
@@ -61,16 +62,17 @@ class Task:
     ) -> tuple[jax.Array, Any]:
         """What the model gives, in float32 whatever it computes in, and the carry after it."""
         kwargs = {"lengths": batch["lengths"]} if "lengths" in batch else {}
+        inputs = pixels(batch["inputs"])
         if carry is None:
-            return _wide(model(batch["inputs"], rngs=rngs, **kwargs)), None
-        fresh = model.initial_carry(batch["inputs"].shape[0])
+            return _wide(model(inputs, rngs=rngs, **kwargs)), None
+        fresh = model.initial_carry(inputs.shape[0])
         reset = batch["reset"]
         carry = jax.tree.map(
             lambda new, old: jnp.where(reset.reshape(-1, *[1] * (old.ndim - 1)), new, old),
             fresh,
             carry,
         )
-        outputs, carry = model(batch["inputs"], carry=carry, rngs=rngs, **kwargs)
+        outputs, carry = model(inputs, carry=carry, rngs=rngs, **kwargs)
         return _wide(outputs), carry
 
     def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
@@ -98,6 +100,11 @@ class Task:
 
     def check(self, outputs: jax.ShapeDtypeStruct, arrays: Arrays) -> None:
         """Raises UserError where a split's targets do not fit the model's outputs."""
+
+
+def pixels(inputs: jax.Array) -> jax.Array:
+    """Images of bytes in [0, 1]; other inputs as they are."""
+    return inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
 
 
 def skipped(batch: Batch) -> Metrics:
@@ -181,41 +188,19 @@ class _Classes(Task):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classify(_Classes):
-    """Cross-entropy of integer targets [B] against logits [B, classes]; loss in nats.
-
-    The same over [B, T] and [B, T, classes].
-    """
+class _CrossEntropy(_Classes):
+    """Cross-entropy of integer targets [...] against logits [..., classes]; loss in nats."""
 
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of each target spread evenly over all classes (Szegedy et al. 2016). Evaluated losses
     carry it too."""
     top: Annotated[int, Ge(2)] | None = None
     """Also the share of targets among so many highest logits, as top_5; None: not counted."""
-    mixup: Annotated[float, Ge(0)] = 0.0
-    """Train on pairs of examples added in shares drawn from Beta(mixup, mixup) (Zhang et al. 2018);
-    0: off. The paper's images: 0.2."""
-    cutmix: Annotated[float, Ge(0)] = 0.0
-    """Train on images with a box of another, its area drawn from Beta(cutmix, cutmix) (Yun et al.
-    2019); 0: off. The paper's: 1. With mixup too, each batch is mixed by one of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gamma and self.label_smoothing:
             raise UserError("task.gamma and task.label_smoothing cannot be combined")
-
-    def __call__(
-        self, model: Any, batch: Batch, rngs: nnx.Rngs | None = None, carry: Any = None
-    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        if rngs is None or not (self.mixup or self.cutmix):
-            return super().__call__(model, batch, rngs, carry)
-        weights, key = batch["weights"], rngs.dropout()
-        inputs, share = mixing.mixed(batch["inputs"], weights, key, self.mixup, self.cutmix)
-        outputs, carry = self.outputs(model, {**batch, "inputs": inputs}, rngs, carry)
-        own = {**batch, "weights": weights * share}
-        other = {"targets": batch["targets"][::-1], "weights": weights * (1 - share)}
-        found = jax.tree.map(jnp.add, self.score(outputs, own), self.score(outputs, other))
-        return found["loss"].mean(), (found, carry)
 
     def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
         targets, weights = batch["targets"], batch["weights"]
@@ -253,18 +238,56 @@ class Classify(_Classes):
         self.check_classes(outputs.shape[-1])
         if self.top is not None and self.top >= outputs.shape[-1]:
             raise UserError(f"task.top = {self.top} of {outputs.shape[-1]} classes is always right")
-        if self.mixup or self.cutmix:
-            self._check_mixing(arrays)
 
-    def _check_mixing(self, arrays: Arrays) -> None:
-        name = "mixup" if self.mixup else "cutmix"
-        inputs = arrays.get("inputs")
-        if inputs is None or not np.issubdtype(inputs.dtype, np.floating) or "lengths" in arrays:
-            raise UserError(f"task.{name} needs inputs of floating point, all of one length")
-        if arrays["targets"].ndim != 1:
-            raise UserError(f"task.{name} needs one target an example")
-        if self.cutmix and inputs.ndim < 3:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify(_CrossEntropy):
+    """Targets [B] against logits [B, classes]; the same over [B, T] and [B, T, classes]."""
+
+    augment: Augment | None = None
+    """What training images are changed by; None: nothing."""
+    mixup: Annotated[float, Ge(0)] = 0.0
+    """Train on pairs of examples added in shares drawn from Beta(mixup, mixup) (Zhang et al. 2018);
+    0: off. The paper's images: 0.2."""
+    cutmix: Annotated[float, Ge(0)] = 0.0
+    """Train on images with a box of another, its area drawn from Beta(cutmix, cutmix) (Yun et al.
+    2019); 0: off. The paper's: 1. With mixup too, each batch is mixed by one of them."""
+
+    def __call__(
+        self, model: Any, batch: Batch, rngs: nnx.Rngs | None = None, carry: Any = None
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        if rngs is None or not (self.augment or self.mixup or self.cutmix):
+            return super().__call__(model, batch, rngs, carry)
+        inputs, weights = pixels(batch["inputs"]), batch["weights"]
+        if self.augment is not None:
+            inputs = self.augment(inputs, rngs.dropout())
+        if not (self.mixup or self.cutmix):
+            return super().__call__(model, {**batch, "inputs": inputs}, rngs, carry)
+        inputs, share = mixing.mixed(inputs, weights, rngs.dropout(), self.mixup, self.cutmix)
+        outputs, carry = self.outputs(model, {**batch, "inputs": inputs}, rngs, carry)
+        own = {**batch, "weights": weights * share}
+        other = {"targets": batch["targets"][::-1], "weights": weights * (1 - share)}
+        found = jax.tree.map(jnp.add, self.score(outputs, own), self.score(outputs, other))
+        return found["loss"].mean(), (found, carry)
+
+    def check(self, outputs: jax.ShapeDtypeStruct, arrays: Arrays) -> None:
+        super().check(outputs, arrays)
+        wanted = {"mixup": self.mixup, "cutmix": self.cutmix, "augment": self.augment}
+        names = [name for name, value in wanted.items() if value]
+        if not names:
+            return
+        inputs, targets = arrays.get("inputs"), arrays["targets"]
+        numbers = inputs is not None and (
+            np.issubdtype(inputs.dtype, np.floating) or inputs.dtype == np.uint8
+        )
+        if inputs is None or not numbers or "lengths" in arrays:
+            raise UserError(f"task.{names[0]} needs inputs of floating point, all of one length")
+        if targets.ndim != 1:
+            raise UserError(f"task.{names[0]} needs one target an example")
+        if names[-1] == "cutmix" and inputs.ndim < 3:
             raise UserError("task.cutmix needs images, inputs of [height, width, ...]")
+        if self.augment is not None:
+            self.augment.check(inputs.shape[1:])
 
 
 def _classes_of(logits: jax.Array) -> jax.Array:
@@ -288,7 +311,7 @@ def _rank(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NextToken(Classify):
+class NextToken(_CrossEntropy):
     """Cross-entropy of the next token at every step; targets [B, T], logits [B, T, vocab]."""
 
     unit: str = "token"

@@ -31,6 +31,10 @@ class ResNetConfig:
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """imagenet: 7x7 with stride 2, then 3x3 max pooling with stride 2; cifar: 3x3 alone, for small
     images."""
+    stem_width: Annotated[int, Ge(1)] | None = None
+    """Of the stem; None: width."""
+    first_stride: Literal[1, 2] = 1
+    """Of the first stage; 2 halves its images: a stem alone then sees small images whole."""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """Share of the old running statistics that each step keeps: 1 - PyTorch's. Running variances
     are of the batch as it is, n in the denominator where PyTorch has n - 1."""
@@ -101,15 +105,15 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     def __init__(self, config: ResNetConfig, rngs: nnx.Rngs) -> None:
         size, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
-        self.stem = _conv(config.channels, config.width, size, stride, rngs)
-        self.stem_norm = nnx.BatchNorm(config.width, momentum=config.momentum, rngs=rngs)
+        channels = config.stem_width or config.width
+        self.stem = _conv(config.channels, channels, size, stride, rngs)
+        self.stem_norm = nnx.BatchNorm(channels, momentum=config.momentum, rngs=rngs)
         self.pooled = config.stem == "imagenet"
-        channels = config.width
         blocks = []
         for stage, count in enumerate(config.layers):
             width = config.width << stage
             for n in range(count):
-                stride = 2 if stage and not n else 1
+                stride = 1 if n else (2 if stage else config.first_stride)
                 blocks.append(Block(config, channels, width, stride, rngs))
                 channels = width * _expansion(config)
         self.blocks = nnx.List(blocks)

@@ -1,0 +1,370 @@
+"""TFDS data sets: random access to ArrayRecord files, with no TensorFlow.
+
+What is small is decoded once, into arrays that are memory-mapped; what is not, as it is read.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Ge, Gt
+from tqdm import tqdm
+
+from research import UserError
+from research.data import files, splits
+from research.data.bad import Bad, Checked
+from research.data.splits import Batch, Examples, Split, Splits
+
+Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TFDS(Checked):
+    """A data set of images, or of other arrays, and their labels.
+
+    inputs: [batch, height, width, channels] uint8 of an image, which tasks take as [0, 1];
+    otherwise as the feature is. targets: [batch] int32 of a label, float32 of a number.
+    """
+
+    name: str
+    """As `tfds.builder` takes it: cifar10, cifar10:3.0.2, or glue/sst2."""
+    data_dir: str = "tfds"
+    """Folder of data sets, as it stands or below $ERGON_DATA."""
+    train: str = "train"
+    """Rows to train on, in TFDS's syntax, such as train[:90%]."""
+    validation: str | None = None
+    """Such as train[90%:]; None: there is no such split."""
+    test: str | None = "test"
+    inputs: str | None = None
+    """The feature that models read; None: the only image, or else the only array."""
+    targets: str | None = None
+    """The feature that is to be predicted; None: the only label."""
+    size: Size | None = None
+    """Height and width that images are brought to: scaled until one fits, and the middle kept."""
+    cache_gb: Annotated[float, Gt(0)] = 4.0
+    """A split of no more than so many GB (10^9 bytes), decoded, is decoded once and kept on disk;
+    a larger one is decoded as it is read."""
+    threads: Annotated[int, Ge(1)] = 8
+    """Threads that decode."""
+
+    def load(self) -> Splits:
+        builder = _builder(self.name, self.data_dir)
+        asked = {"train": self.train, "validation": self.validation, "test": self.test}
+        found: dict[str, Split] = {}
+        bad, features = self.bad(), Features.of(builder, self)
+        for name, rows in asked.items():
+            if rows is not None:
+                found[name] = _split(_Rows(builder, rows, features, self.size), self, bad)
+        if features.classes:
+            _check_classes(found)
+        return Splits(found, {}, bad.notes())
+
+
+def _builder(name: str, data_dir: str) -> Any:
+    """A prepared data set's builder. Raises UserError where there is none."""
+    try:
+        import array_record  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"TFDS data needs a package: pip install 'ergon[tfds]' ({error})") from None
+    folder = files.find(data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+    except tfds.core.registered.DatasetNotFoundError:
+        there = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        raise UserError(f"{folder} has no data set {name}; it has: {', '.join(there)}") from None
+    except (ValueError, AssertionError, OSError) as error:
+        raise UserError(f"{name} in {folder}: {' '.join(str(error).split())}") from None
+    if not builder.is_prepared():
+        _prepare(builder, name, folder)
+    return builder
+
+
+def _prepare(builder: Any, name: str, folder: pathlib.Path) -> None:
+    """Has TFDS download a data set and write it as ArrayRecord."""
+    print(f"preparing {name} in {folder}", file=sys.stderr, flush=True)
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        lacking = isinstance(error, ImportError) or "tensorflow" in str(error).lower()
+        advice = (
+            "to prepare it takes TensorFlow: pip install tensorflow, once, on any machine"
+            if lacking
+            else f"and could not be prepared: {type(error).__name__}: {error}"
+        )
+        raise UserError(f"{name} is not prepared in {folder}; {advice}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Which features of a data set are read, and as what."""
+
+    inputs: str
+    targets: str
+    image: bool
+    classes: int
+    """0: targets are numbers."""
+
+    @classmethod
+    def of(cls, builder: Any, source: TFDS) -> "Features":
+        from tensorflow_datasets import features as kinds
+
+        features = dict(builder.info.features)
+        labels = [k for k, v in features.items() if isinstance(v, kinds.ClassLabel)]
+        images = [k for k, v in features.items() if isinstance(v, kinds.Image)]
+        arrays = [
+            k
+            for k, v in features.items()
+            if type(v) in (kinds.Tensor, kinds.Scalar) and np.issubdtype(v.np_dtype, np.number)
+        ]
+
+        def choose(field: str, named: str | None, among: list[str], what: str) -> str:
+            if named is not None:
+                if named not in features:
+                    raise UserError(f"data.{field}: no feature {named}; there are {known}")
+                return named
+            if len(among) != 1:
+                raise UserError(f"data.{field}: {len(among)} {what} among {known}: name one")
+            return among[0]
+
+        known = ", ".join(features)
+        targets = choose("targets", source.targets, labels, "labels")
+        rest = images or [k for k in arrays if k != targets]
+        inputs = choose("inputs", source.inputs, rest, "images" if images else "arrays")
+        for field, name in (("inputs", inputs), ("targets", targets)):
+            if name not in (*images, *arrays, *labels):
+                kind = type(features[name]).__name__
+                hint = "; data.text.Text reads texts" if kind == "Text" else ""
+                raise UserError(f"data.{field}: {name} is a {kind}, not an array{hint}")
+        if source.size is not None and inputs not in images:
+            raise UserError(f"data.size is for images, and {inputs} is none")
+        shape = builder.info.features[inputs].shape
+        if None in shape and source.size is None:
+            raise UserError(f"data.size must be given: {inputs} has the shape {shape}")
+        classes = features[targets].num_classes if targets in labels else 0
+        return cls(inputs, targets, inputs in images, classes)
+
+
+class _Rows:
+    """The rows of a split as they are read: `rows[i]` is a dict of arrays."""
+
+    def __init__(self, builder: Any, split: str, features: Features, size: Size | None) -> None:
+        import tensorflow_datasets as tfds
+
+        self.features, self.size, self.split = features, size, split
+        self.name = builder.info.full_name
+        skip = {features.inputs: tfds.decode.SkipDecoding()} if features.image else None
+        try:
+            self.source = builder.as_data_source(split=split, decoders=skip)
+            instructions = builder.info.splits[split].file_instructions
+        except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.name} has no split {split}: {reason}") from None
+        self.files = [(pathlib.Path(i.filename), i.skip, i.take) for i in instructions]
+        if not len(self.source):
+            raise UserError(f"{self.name}: the split {split} is empty")
+        shape = builder.info.features[features.inputs].shape
+        self.shape = shape if size is None else (*size, shape[-1])
+        dtype = builder.info.features[features.inputs].np_dtype
+        self.dtype = np.dtype(np.float32 if dtype == np.float64 else dtype)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def bytes(self) -> int:
+        """Of all inputs, decoded."""
+        return len(self) * int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def where(self, i: int) -> str:
+        """The file of a row, and its place in it from 0."""
+        for path, skip, take in self.files:
+            length = take if take >= 0 else len(self)
+            if i < length:
+                return f"{path}, row {skip + i}"
+            i -= length
+        return f"{self.name} {self.split}, row {i}"
+
+    def blank(self) -> tuple[np.ndarray, Any]:
+        """What stands in the place of a bad row."""
+        return np.zeros(self.shape, self.dtype), 0
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, Any]:
+        """Inputs and target of a row. Raises ValueError, with the reason, where it is bad."""
+        names = self.features
+        try:
+            row = self.source[i]
+        except Exception as error:
+            raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
+        inputs, target = row[names.inputs], row[names.targets]
+        if names.image:
+            inputs = _image(inputs, self.shape, self.size)
+        elif np.shape(inputs) != self.shape:
+            raise ValueError(f"{names.inputs} has the shape {np.shape(inputs)}, not {self.shape}")
+        inputs = np.asarray(inputs, self.dtype)
+        if not np.isfinite(inputs).all():
+            raise ValueError(f"{names.inputs} is not finite")
+        if names.classes and not 0 <= target < names.classes:
+            raise ValueError(f"{names.targets} is {target}, and there are {names.classes} classes")
+        if not names.classes and not np.isfinite(target).all():
+            raise ValueError(f"{names.targets} is {target}")
+        return inputs, target
+
+
+def _image(encoded: bytes, shape: Sequence[int], size: Size | None) -> np.ndarray:
+    """[height, width, channels] uint8 of an encoded image."""
+    from PIL import Image
+
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[-1]]
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image = image if image.mode == mode else image.convert(mode)
+        if size is not None and (image.height, image.width) != size:
+            scale = max(size[0] / image.height, size[1] / image.width)
+            wide, high = round(image.width * scale), round(image.height * scale)
+            left, top = (wide - size[1]) // 2, (high - size[0]) // 2
+            image = image.resize((wide, high), Image.Resampling.BILINEAR)
+            image = image.crop((left, top, left + size[1], top + size[0]))
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    except Exception as error:
+        raise ValueError(f"the image cannot be decoded: {' '.join(str(error).split())}") from None
+    if pixels.shape != tuple(shape):
+        raise ValueError(f"the image has the shape {pixels.shape}, not {tuple(shape)}")
+    return pixels
+
+
+def _split(rows: _Rows, source: TFDS, bad: Bad) -> Split:
+    if rows.bytes > source.cache_gb * 1e9:
+        return Decoded(rows, source.threads, bad)
+    asked = dataclasses.asdict(source)
+    for unread in ("data_dir", "train", "validation", "test", "cache_gb", "threads"):
+        del asked[unread]
+    stamps = [[skip, take, files.stamp(path)] for path, skip, take in rows.files]
+    key = {"tfds": rows.name, "split": rows.split, "files": stamps} | asked
+
+    def make(folder: pathlib.Path) -> None:
+        _decode(rows, folder, source)
+
+    folder = files.cached(key, make)
+    for line in json.loads((folder / "bad.json").read_text()):
+        bad(*line)
+    return Examples(files.mapped(folder))
+
+
+def _decode(rows: _Rows, folder: pathlib.Path, source: TFDS) -> None:
+    """Writes a split's arrays, and its bad rows as [place, reason]."""
+    n, found = len(rows), source.bad()
+    lines: list[tuple[str, str]] = []
+    dtype = np.int32 if rows.features.classes else np.float32
+    inputs = np.lib.format.open_memmap(
+        folder / "inputs.npy", "w+", dtype=rows.dtype, shape=(n, *rows.shape)
+    )
+    first = np.zeros((), dtype) if rows.features.classes else np.asarray(rows[0][1], dtype)
+    targets, bad = np.zeros((n, *first.shape), dtype), np.zeros(n, bool)
+
+    def read(start: int) -> list[tuple[int, str]]:
+        """Reads up to 256 rows, and gives those that are bad."""
+        reasons = []
+        for i in range(start, min(start + 256, n)):
+            try:
+                inputs[i], targets[i] = rows[i]
+            except ValueError as error:
+                inputs[i], targets[i] = rows.blank()
+                reasons.append((i, str(error)))
+        return reasons
+
+    title = f"decoding {rows.name} {rows.split}"
+    on_terminal = sys.stderr.isatty()
+    if not on_terminal and n > 10_000:
+        print(f"{title}: {n:,} rows, once", file=sys.stderr, flush=True)
+    with (
+        concurrent.futures.ThreadPoolExecutor(source.threads) as pool,
+        tqdm(total=n, desc=title, unit=" rows", disable=not on_terminal) as bar,
+    ):
+        try:
+            for reasons in pool.map(read, range(0, n, 256)):
+                bar.update(min(256, n - bar.n))
+                for i, reason in reasons:
+                    found(rows.where(i), reason)
+                    lines.append((rows.where(i), reason))
+                    bad[i] = True
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    inputs.flush()
+    np.save(folder / "targets.npy", targets)
+    if bad.any():
+        np.save(folder / "bad.npy", bad)
+    (folder / "bad.json").write_text(json.dumps(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Rows that are decoded as they are read, shuffled anew each epoch."""
+
+    rows: Any
+    threads: int
+    bad: Bad
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, step: int, batch_size: int, seed: int, part: slice = splits.ALL) -> Batch:
+        return self._take(splits.shuffled(step, batch_size, seed, len(self))[part])
+
+    def evaluation(self, batch_size: int, part: slice = splits.ALL) -> Sequence[Batch]:
+        def make(i: int) -> Batch:
+            index, padding = splits.padded(np.arange(len(self)), i, batch_size)
+            return splits.blank(self._take(index[part]), padding[part])
+
+        return splits.Lazy(make, -(-len(self) // batch_size))
+
+    def check(self, batch_size: int) -> None:
+        if batch_size > len(self):
+            raise UserError(f"batch_size {batch_size} exceeds the {len(self)} training examples")
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """Bounds of the targets, and what tells the files from others: they are not read."""
+        names = [[p.name, os.path.getsize(p), skip, take] for p, skip, take in self.rows.files]
+        digest = hashlib.sha256(json.dumps([self.rows.name, names]).encode()).digest()
+        inputs, target = self.rows.blank()
+        dtype = np.int32 if self.rows.features.classes else np.float32
+        return {
+            "inputs": inputs[None],
+            "targets": np.array([target, max(self.rows.features.classes - 1, 0)], dtype),
+            "files": np.frombuffer(digest, np.uint8),
+        }
+
+    def _take(self, index: np.ndarray) -> Batch:
+        rows, bad = [], np.zeros(len(index), bool)
+        for place, i in enumerate(index):
+            try:
+                rows.append(self.rows[int(i)])
+            except ValueError as error:
+                self.bad(self.rows.where(int(i)), str(error))
+                rows.append(self.rows.blank())
+                bad[place] = True
+        inputs, targets = (np.stack(column) for column in zip(*rows, strict=True))
+        dtype = np.int32 if self.rows.features.classes else np.float32
+        batch = {"inputs": inputs, "targets": targets.astype(dtype)}
+        weights = np.where(bad, 0, 1).astype(np.float32)
+        kept = {"bad": bad} if self.bad.on_bad == "skip" else {}
+        return batch | kept | {"weights": weights}
+
+
+def _check_classes(found: Mapping[str, Split]) -> None:
+    """Raises UserError where a split has a class that training never sees."""
+    if not all(isinstance(split, Examples) for split in found.values()):
+        return
+    seen = {name: np.unique(split.arrays()["targets"]) for name, split in found.items()}
+    for name, classes in seen.items():
+        if missing := sorted(set(classes.tolist()) - set(seen["train"].tolist())):
+            raise UserError(f"{name} has class {missing[0]}, which train never has")
