@@ -90,52 +90,53 @@ def _cut(x_BHWC: jax.Array, side: int, key: jax.Array) -> jax.Array:
 
 
 def _operated(x_BHWC: jax.Array, magnitude: float, key: jax.Array) -> jax.Array:
-    """One operation on each image, to the magnitude, its direction drawn.
-
-    Ranges are RandAugment's: 30 degrees, shears of 0.3, shifts of a third, factors of 1 +- 0.9.
-    """
     choose, turn = jax.random.split(key)
     chosen_B = jax.random.randint(choose, x_BHWC.shape[:1], 0, len(OPERATIONS))
     sign_B = jnp.where(jax.random.bernoulli(turn, shape=x_BHWC.shape[:1]), 1.0, -1.0)
-    amount_B = magnitude * sign_B
+    return operated(x_BHWC, chosen_B, magnitude * sign_B)
 
-    def of(name: str, value_B: jax.Array) -> jax.Array:
-        return jnp.where(chosen_B == OPERATIONS.index(name), value_B, 0.0)
+
+def operated(x_BHWC: jax.Array, chosen_B: jax.Array, amount_B: jax.Array) -> jax.Array:
+    """One of `OPERATIONS` on each image, by its number, to an amount in [-1, 1].
+
+    The greatest are RandAugment's: 30 degrees, shears of 0.3, shifts of a third, factors of 1 +-
+    0.9, 4 bits, and every pixel inverted.
+    """
+
+    def of(name: str) -> jax.Array:
+        return jnp.where(chosen_B == OPERATIONS.index(name), amount_B, 0.0)[:, None, None]
 
     height, width = x_BHWC.shape[1:3]
-    angle_B = of("rotate", amount_B * math.pi / 6)
-    cos_B, sin_B = jnp.cos(angle_B), jnp.sin(angle_B)
-    shear_x_B, shear_y_B = of("shear_x", 0.3 * amount_B), of("shear_y", 0.3 * amount_B)
-    move_x_B = of("translate_x", amount_B * width / 3)
-    move_y_B = of("translate_y", amount_B * height / 3)
     y_1H1 = (jnp.arange(height) - (height - 1) / 2)[None, :, None]
     x_11W = (jnp.arange(width) - (width - 1) / 2)[None, None, :]
-    wide = (slice(None), None, None)
-    rows = cos_B[wide] * y_1H1 + (sin_B + shear_y_B)[wide] * x_11W + move_y_B[wide]
-    columns = cos_B[wide] * x_11W + (shear_x_B - sin_B)[wide] * y_1H1 + move_x_B[wide]
-    rows = jnp.round(rows + (height - 1) / 2).astype(jnp.int32)
-    columns = jnp.round(columns + (width - 1) / 2).astype(jnp.int32)
+    angle = of("rotate") * math.pi / 6
+    rows = jnp.cos(angle) * y_1H1 + (jnp.sin(angle) + 0.3 * of("shear_y")) * x_11W
+    columns = jnp.cos(angle) * x_11W + (0.3 * of("shear_x") - jnp.sin(angle)) * y_1H1
+    rows = jnp.round(rows + of("translate_y") * height / 3 + (height - 1) / 2).astype(jnp.int32)
+    columns = columns + of("translate_x") * width / 3 + (width - 1) / 2
+    columns = jnp.round(columns).astype(jnp.int32)
     there = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     inside = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
     moved_BHWC = jnp.where(there[..., None], _at(x_BHWC, *inside), 0)
 
     axes = tuple(range(1, x_BHWC.ndim))
-    chosen_B111 = chosen_B.reshape(-1, 1, 1, 1)
-    factor_B111 = (1 + 0.9 * amount_B).reshape(-1, 1, 1, 1)
-    grey_BHW1 = jnp.mean(x_BHWC, axis=-1, keepdims=True)
-    mean_B111 = jnp.mean(x_BHWC, axis=axes, keepdims=True)
+    chosen_B111, amount_B111 = chosen_B.reshape(-1, 1, 1, 1), amount_B.reshape(-1, 1, 1, 1)
+    factor = 1 + 0.9 * amount_B111
+    grey = jnp.mean(x_BHWC, axis=-1, keepdims=True)
+    mean = jnp.mean(x_BHWC, axis=axes, keepdims=True)
     low = jnp.min(x_BHWC, axis=axes, keepdims=True)
     high = jnp.max(x_BHWC, axis=axes, keepdims=True)
-    levels = 2.0 ** round(8 - 4 * magnitude)
+    step = jnp.exp2(jnp.round(4 * jnp.abs(amount_B111)))
     made = {
         "identity": x_BHWC,
-        "brightness": x_BHWC * factor_B111,
-        "contrast": mean_B111 + factor_B111 * (x_BHWC - mean_B111),
-        "colour": grey_BHW1 + factor_B111 * (x_BHWC - grey_BHW1),
-        "posterize": jnp.floor(x_BHWC * (levels - 1)) / (levels - 1),
-        "solarize": jnp.where(x_BHWC < 1 - magnitude, x_BHWC, 1 - x_BHWC),
+        "brightness": x_BHWC * factor,
+        "contrast": mean + factor * (x_BHWC - mean),
+        "colour": grey + factor * (x_BHWC - grey),
+        "posterize": jnp.floor(jnp.round(255 * x_BHWC) / step) * step / 255,
+        "solarize": jnp.where(x_BHWC <= 1 - jnp.abs(amount_B111), x_BHWC, 1 - x_BHWC),
         "autocontrast": (x_BHWC - low) / jnp.maximum(high - low, 1 / 255),
     }
-    masks = [chosen_B111 == OPERATIONS.index(name) for name in made]
-    masks = [jnp.broadcast_to(mask, x_BHWC.shape) for mask in masks]
-    return jnp.clip(jnp.select(masks, list(made.values()), moved_BHWC), 0, 1)
+    chosen = [
+        jnp.broadcast_to(chosen_B111 == OPERATIONS.index(name), x_BHWC.shape) for name in made
+    ]
+    return jnp.clip(jnp.select(chosen, list(made.values()), moved_BHWC), 0, 1)

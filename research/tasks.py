@@ -272,7 +272,7 @@ class Classify(_CrossEntropy):
 
     def check(self, outputs: jax.ShapeDtypeStruct, arrays: Arrays) -> None:
         super().check(outputs, arrays)
-        wanted = {"mixup": self.mixup, "cutmix": self.cutmix, "augment": self.augment}
+        wanted = {"augment": self.augment, "mixup": self.mixup, "cutmix": self.cutmix}
         names = [name for name, value in wanted.items() if value]
         if not names:
             return
@@ -281,10 +281,12 @@ class Classify(_CrossEntropy):
             np.issubdtype(inputs.dtype, np.floating) or inputs.dtype == np.uint8
         )
         if inputs is None or not numbers or "lengths" in arrays:
-            raise UserError(f"task.{names[0]} needs inputs of floating point, all of one length")
+            raise UserError(
+                f"task.{names[0]} needs images, or other inputs of floating point of one length"
+            )
         if targets.ndim != 1:
             raise UserError(f"task.{names[0]} needs one target an example")
-        if names[-1] == "cutmix" and inputs.ndim < 3:
+        if self.cutmix and inputs.ndim < 3:
             raise UserError("task.cutmix needs images, inputs of [height, width, ...]")
         if self.augment is not None:
             self.augment.check(inputs.shape[1:])
