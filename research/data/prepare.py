@@ -520,7 +520,7 @@ def _finish(
             sums[path.name] = _sha256(path)
     text = json.dumps({"sha256": dict(sorted(sums.items()))}, indent=2) + "\n"
     (data / CHECKSUMS).write_text(text)
-    return {name: repr(feature) for name, feature in features.items()}
+    return {name: repr(feature) for name, feature in sorted(features.items())}
 
 
 def _into_place(data: Path, target: Path) -> None:

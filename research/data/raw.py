@@ -457,12 +457,13 @@ class Table(_Spans):
                 made[name] = int(value)
             else:
                 made[name] = float(value)
-                if math.isfinite(made[name]) and abs(made[name]) > np.finfo(np.float32).max:
+                if math.isfinite(made[name]) and abs(made[name]) > _FLOAT32_MAX:
                     raise BadRow(f"has {value} in column {name}: too large for float32")
         return made
 
 
 _INT64, _FLOAT32, _TEXT = range(3)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def _kind(cell: str) -> int:
