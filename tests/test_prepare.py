@@ -184,9 +184,16 @@ def test_gray_and_transparent_images(tmp_path, channels):
     else:
         Image.new("LA", (6, 5), (9, 77)).save(tmp_path / "in" / "a" / "3.png")
         images.append(np.tile(np.array([9, 9, 9, 77], np.uint8), (5, 6, 1)))
+        # A colour that stands for transparent, which some readers see and others do not.
+        hole = np.full((5, 6, 3), 200, np.uint8)
+        hole[2, 3] = (1, 2, 3)
+        save(tmp_path / "in" / "a" / "4.png", hole, transparency=(1, 2, 3))
+        opaque = np.full((5, 6, 1), 255, np.uint8)
+        opaque[2, 3] = 0
+        images.append(np.concatenate([hole, opaque], axis=2))
     made(tmp_path / "in", "images", tmp_path / "out")
     assert info(tmp_path / "out").features["image"].shape == (5, 6, channels)
-    same(read(tmp_path / "out"), images, [0] * 4)
+    same(read(tmp_path / "out"), images, [0] * len(images))
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -398,7 +405,7 @@ def stamps(folder):
 MANY = {"shard_mb": 0.001, "shuffle": 1, "validation": 0.2}
 
 
-def test_an_interrupted_call_goes_on_and_gives_the_same_bytes(tmp_path):
+def test_an_interrupted_call_goes_on_and_gives_the_same_bytes(tmp_path, capsys):
     digits(tmp_path / "in", "train", 500)
     made(tmp_path / "in", "idx", tmp_path / "whole", **MANY)
     work = tmp_path / "out" / "own" / ".1.0.0.incomplete"
@@ -426,6 +433,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same_bytes(tmp_path):
     whole = contents(tmp_path / "whole" / "own" / "1.0.0")
     assert contents(tmp_path / "out" / "own" / "1.0.0") == whole
     assert [path.name for path in (tmp_path / "out" / "own").iterdir()] == ["1.0.0"]
+    assert "files that an interrupted call has finished: 8\n" in capsys.readouterr().err
 
 
 KILLED = """
@@ -465,7 +473,7 @@ def test_a_killed_process_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["bytes", "time", "more", "fewer", "option"])
-def test_a_changed_input_starts_over(tmp_path, what):
+def test_a_changed_input_starts_over(tmp_path, capsys, what):
     for i in range(6):
         write(tmp_path / "in" / f"{i}.txt", f"text {i} " * 50)
     how = {"shard_mb": 0.0005}
@@ -489,6 +497,7 @@ def test_a_changed_input_starts_over(tmp_path, what):
     assert contents(found.directory) == contents(again.directory)
     times = {time for _, time in before.values()}
     assert not times & {time for _, time in stamps(found.directory).values()}
+    assert "have changed since an interrupted call: all anew\n" in capsys.readouterr().err
 
 
 def test_a_damaged_file_of_an_interrupted_call_is_written_again(tmp_path):
@@ -513,6 +522,16 @@ def test_input_that_changes_while_it_is_read(tmp_path):
     assert not (tmp_path / "out" / "own" / "1.0.0").exists()
     made(path, "lines", tmp_path / "out")
     assert texts(tmp_path / "out") == list(range(101))
+
+
+def test_a_version_that_another_process_finished_meanwhile_stays(tmp_path):
+    path = lines(tmp_path / "in.txt", 10)
+    other = tmp_path / "out" / "own" / "1.0.0" / "theirs"
+    with pytest.raises(UserError, match="is there already"):
+        prepare.prepare(
+            options(path, "lines", tmp_path / "out"), meanwhile(lambda: write(other, ""))
+        )
+    assert other.exists()
 
 
 def test_two_processes_do_not_write_one_data_set(tmp_path):

@@ -134,9 +134,13 @@ def shown(what: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.update(rows)
             if bar.disable and (done == total or time.monotonic() - said > 10):
                 said = time.monotonic()
-                print(f"{what}: {done:,} of {total:,} rows", file=sys.stderr, flush=True)
+                _say(f"{what}: {done:,} of {total:,} rows")
 
         yield step
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def prepare(options: Options, progress: Progress = shown) -> Prepared:
@@ -152,19 +156,23 @@ def prepare(options: Options, progress: Progress = shown) -> Prepared:
     work = target.with_name(f".{target.name}.incomplete")
     plan, shards = _journal(work, inputs)
     if plan is None:
+        if (work / "journal.json").exists():
+            _say("the input or the options have changed since an interrupted call: all anew")
         plan = _planned(rows, options, progress)
+    elif shards:
+        _say(f"files that an interrupted call has finished: {len(shards):,}")
     with _locked(work):
         data = work / "data"
         if not shards:
             shutil.rmtree(data, ignore_errors=True)
             data.mkdir()
         _write_all(work, inputs, rows, plan, shards, options, progress)
-        if _digest(rows, options) != inputs:
+        if [raw.stamp(path) for path in rows.files] != rows.stamps:
             raise UserError(
                 f"{options.source} was changed while it was read: give the command again"
             )
         features = _finish(data, plan, shards, rows, options)
-        _into_place(data, target)
+        _into_place(data, target, options)
         shutil.rmtree(work)
     return Prepared(
         directory=target,
@@ -238,9 +246,13 @@ def _target(options: Options) -> Path:
     target = options.out / options.name / options.version
     if target.resolve().is_relative_to(options.source.resolve()):
         raise UserError(f"{target} would be inside of what is read")
+    _refuse_finished(target, options)
+    return target
+
+
+def _refuse_finished(target: Path, options: Options) -> None:
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} is there already: give another --version, or --overwrite")
-    return target
 
 
 def _rows(options: Options) -> raw.Rows:
@@ -293,10 +305,9 @@ def _digest(rows: raw.Rows, options: Options) -> str:
     packages = ("tensorflow_datasets", "array_record", "pillow", "numpy")
     about["packages"] = {name: metadata.version(name) for name in packages}
     digest = hashlib.sha256(json.dumps(about).encode())
-    for path in rows.files:
-        stat = path.stat()
+    for path, stamp in zip(rows.files, rows.stamps, strict=True):
         name = path.relative_to(rows.base).as_posix()
-        digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())
+        digest.update(json.dumps([name, *stamp]).encode())
     return digest.hexdigest()
 
 
@@ -523,7 +534,8 @@ def _finish(
     return {name: repr(feature) for name, feature in sorted(features.items())}
 
 
-def _into_place(data: Path, target: Path) -> None:
+def _into_place(data: Path, target: Path, options: Options) -> None:
+    _refuse_finished(target, options)  # another process may have finished it since
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -51,6 +51,8 @@ class Rows:
     """The folder that `where` is below."""
     files: list[Path]
     """All that was found."""
+    stamps: list[tuple[int, int]]
+    """Their `stamp`s, from before anything was read."""
     splits: dict[str, range]
     """Rows of each split; of "" alone where the input has no splits."""
 
@@ -76,6 +78,12 @@ class Rows:
     def example(self, row: int) -> dict[str, Any]:
         """A row as its features take it. Raises BadRow."""
         raise NotImplementedError
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """A file's size, and when it was last changed."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 class Images(Rows):
@@ -108,6 +116,7 @@ class Images(Rows):
                 self.files += files
                 self._labels.extend([number[name]] * len(files))
             self.splits[split] = range(first, len(self.files))
+        self.stamps = [stamp(path) for path in self.files]
         self._shapes = np.zeros((len(self.files), 3), np.int64)
 
     def where(self, row: int) -> str:
@@ -175,7 +184,7 @@ class Idx(Rows):
         if len(pairs) > 1 and not splits:
             raise UserError(f"{root} has pairs that name no split: {', '.join(sorted(pairs))}")
         stems = {split: words[word] for word, split in splits.items()} or {"": next(iter(pairs))}
-        self.files, self.splits = [], {}
+        self.files, self.stamps, self.splits = [], [], {}
         self._images: list[np.ndarray] = []
         self._names: list[str] = []
         labels = []
@@ -185,6 +194,7 @@ class Idx(Rows):
                     raise UserError(f"{pairs[stem][other]} has no file of {what} beside it")
             pair = pairs[stem]
             self.files += [pair["images"], pair["labels"]]
+            self.stamps += [stamp(pair["images"]), stamp(pair["labels"])]
             images, numbers = _idx(pair["images"], (3, 4)), _idx(pair["labels"], (1,))
             images = images if images.ndim == 4 else images[..., None]
             if len(images) != len(numbers):
@@ -246,6 +256,7 @@ class Files(Rows):
             first = len(self.files)
             self.files += files
             self.splits[split] = range(first, len(self.files))
+        self.stamps = [stamp(path) for path in self.files]
 
     def where(self, row: int) -> str:
         return self.files[row].relative_to(self.base).as_posix()
@@ -269,12 +280,13 @@ class _Spans(Rows):
 
     def __init__(self, source: Path) -> None:
         self.base = source if source.is_dir() else source.parent
-        self.files, self.splits = [], {}
+        self.files, self.stamps, self.splits = [], [], {}
         self._file, self._start, self._stop, self._line = (array("q") for _ in range(4))
         for split, files in _grouped(source, by_stem=True).items():
             first = len(self._start)
             for path in files:
                 self.files.append(path)
+                self.stamps.append(stamp(path))
                 self._index(path)
             self.splits[split] = range(first, len(self._start))
 
@@ -583,9 +595,8 @@ def _idx(path: Path, dimensions: Sequence[int]) -> np.ndarray:
 def _image(data: bytes, decode: bool) -> tuple[Any, bool]:
     """An image as gray, RGB or RGBA, and whether its bytes are to be kept.
 
-    They are where they are a PNG or JPEG whose pixels every reader gives alike: without a palette,
-    and without a colour that stands for transparent. decode: whether to see that they are whole.
-    Raises BadRow.
+    They are kept of a PNG or JPEG whose pixels every reader gives alike: without a palette, and
+    without a colour that stands for transparent. decode: see that they are whole. Raises BadRow.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -601,8 +612,7 @@ def _image(data: bytes, decode: bool) -> tuple[Any, bool]:
         clear = image.mode.endswith("A") or "transparency" in image.info
         gray = image.mode in ("1", "L")
         mode = "RGBA" if clear else "L" if gray else "RGB"
-        kept = image.format in ("PNG", "JPEG", "MPO") and "transparency" not in image.info
-        if kept and mode == image.mode:
+        if mode == image.mode and image.format in ("PNG", "JPEG", "MPO"):
             if decode:
                 image.load()
             return image, True
