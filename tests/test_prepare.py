@@ -805,7 +805,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("kind", "make", "message"), BAD_FILES)
-@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+@pytest.mark.parametrize("on_bad", ["raise", "skip"])
 def test_bad_files_stop_before_anything_is_created(tmp_path, kind, make, message, on_bad):
     wanted = bad(kind, make, tmp_path)
     with pytest.raises(UserError, match=message) as caught:

@@ -64,7 +64,7 @@ class Options:
     """table: the column that is a class."""
     shard_mb: float = 256.0
     """Size of a file, about, in 10^6 bytes."""
-    on_bad: Literal["stop", "skip"] = "stop"
+    on_bad: Literal["raise", "skip"] = "raise"
     """skip: bad rows are left out, counted and listed in bad_rows.txt."""
     max_bad: int = 100
     """More bad rows than this stop it all the same."""
@@ -343,7 +343,7 @@ def _planned(rows: raw.Rows, options: Options, progress: Progress) -> Plan:
 
     def refuse(row: int, problem: str) -> None:
         line = f"{rows.base / rows.where(row)} {problem}"
-        if options.on_bad == "stop":
+        if options.on_bad == "raise":
             raise UserError(line)
         bad[row] = problem
         if len(bad) > options.max_bad:

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from research import UserError
 
@@ -78,22 +79,30 @@ class Lazy(Sequence[Batch]):
         return self.make(index)
 
 
-def prefetched(batches: Sequence[Batch], threads: int, ahead: int = 4) -> Iterator[Batch]:
-    """Iterates over batches that Grain makes ahead of time in threads.
+def prefetched(
+    batches: Sequence[Batch], threads: int, workers: int = 0, ahead: int = 4
+) -> Iterator[Batch]:
+    """Iterates over batches that Grain makes ahead of time, in threads and in worker processes.
 
-    With 0 threads each is made when it is asked for: to index an array in memory takes less than
-    to hand it from thread to thread.
+    With neither, each is made when it is asked for: to index an array in memory takes less than to
+    hand it from thread to thread. The batches, and their order, are the same.
     """
-    if not threads:
+    if not (threads or workers):
         return iter(batches)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=ahead)
+    found = grain.MapDataset.source(batches).to_iter_dataset(options)
+    if workers:
+        flags.FLAGS.mark_as_parsed()  # Grain asks its own, which no command of ours parses
+        found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(found)
 
 
-def training(split: Split, batch_size: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
+def training(
+    split: Split, batch_size: int, seed: int, start: int, stop: int, workers: int = 0
+) -> Iterator[Batch]:
     """The batches of steps start to stop - 1; nothing before `start` is read."""
     batches = Lazy(lambda i: split.batch(start + i, batch_size, seed), stop - start)
-    return prefetched(batches, split.threads)
+    return prefetched(batches, split.threads, workers)
 
 
 def fingerprint(splits: Mapping[str, Split]) -> str:

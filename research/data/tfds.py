@@ -98,7 +98,7 @@ def _prepare(builder: Any, name: str, folder: pathlib.Path) -> None:
         advice = (
             "to prepare it takes TensorFlow: pip install tensorflow, once, on any machine"
             if lacking
-            else f"and could not be prepared: {type(error).__name__}: {error}"
+            else f"it could not be prepared: {type(error).__name__}: {error}"
         )
         raise UserError(f"{name} is not prepared in {folder}; {advice}") from None
 
@@ -135,7 +135,7 @@ class Features:
                 raise UserError(f"data.{field}: {len(among)} {what} among {known}: name one")
             return among[0]
 
-        known = ", ".join(features)
+        known = ", ".join(sorted(features))
         targets = choose("targets", source.targets, labels, "labels")
         rest = images or [k for k in arrays if k != targets]
         inputs = choose("inputs", source.inputs, rest, "images" if images else "arrays")
@@ -163,14 +163,16 @@ class _Rows:
         self.name = builder.info.full_name
         skip = {features.inputs: tfds.decode.SkipDecoding()} if features.image else None
         try:
+            if not builder.info.splits[split].num_examples:
+                raise UserError(f"{self.name}: the split {split} is empty")
             self.source = builder.as_data_source(split=split, decoders=skip)
             instructions = builder.info.splits[split].file_instructions
+        except UserError:
+            raise
         except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.name} has no split {split}: {reason}") from None
         self.files = [(pathlib.Path(i.filename), i.skip, i.take) for i in instructions]
-        if not len(self.source):
-            raise UserError(f"{self.name}: the split {split} is empty")
         shape = builder.info.features[features.inputs].shape
         self.shape = shape if size is None else (*size, shape[-1])
         dtype = builder.info.features[features.inputs].np_dtype
@@ -225,7 +227,7 @@ def _image(encoded: bytes, shape: Sequence[int], size: Size | None) -> np.ndarra
 
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[-1]]
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image: Any = Image.open(io.BytesIO(encoded))
         image = image if image.mode == mode else image.convert(mode)
         if size is not None and (image.height, image.width) != size:
             scale = max(size[0] / image.height, size[1] / image.width)
@@ -301,7 +303,7 @@ def _decode(rows: _Rows, folder: pathlib.Path, source: TFDS) -> None:
             raise
     inputs.flush()
     np.save(folder / "targets.npy", targets)
-    if bad.any():
+    if source.on_bad == "skip":
         np.save(folder / "bad.npy", bad)
     (folder / "bad.json").write_text(json.dumps(lines))
 

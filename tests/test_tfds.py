@@ -1,0 +1,325 @@
+"""TFDS data, in real directories that `prepare` makes."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from array_record.python import array_record_module as records
+from PIL import Image
+
+from research import UserError
+from research.data import prepare, tfds
+from research.data.splits import Examples, fingerprint, training
+from research.data.tfds import TFDS
+from research.experiment import Target
+from research.models.resnet import ResNetConfig
+from research.tasks import Classify
+from research.train import train
+
+CLASSES = ("ape", "bee", "cat")
+RNG = np.random.default_rng(0)
+PIXELS = {
+    split: RNG.integers(0, 256, size=(n, 6, 8, 3)).astype(np.uint8)
+    for split, n in (("train", 40), ("test", 20))
+}
+
+
+def label(i):
+    return i % 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """beasts: 40 and 20 images of three classes, their order that of their classes."""
+    root = tmp_path_factory.mktemp("beasts")
+    for split, images in PIXELS.items():
+        for i, image in enumerate(images):
+            where = root / "images" / split / CLASSES[label(i)]
+            where.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(where / f"{i:03}.png")
+    options = prepare.Options(
+        source=root / "images", kind="images", name="beasts", out=root / "tfds", shard_mb=0.002
+    )
+    prepare.prepare(options)
+    return root / "tfds"
+
+
+def source(folder, **fields):
+    return TFDS(**{"name": "beasts", "data_dir": str(folder)} | fields)
+
+
+def in_order(split):
+    """What `folder` holds, in its order."""
+    index = sorted(range(len(PIXELS[split])), key=lambda i: (label(i), i))
+    return PIXELS[split][index], np.array([label(i) for i in index], np.int32)
+
+
+def rows_of(split, batch_size=7):
+    batches = split.evaluation(batch_size)
+    batches = [batches[i] for i in range(len(batches))]
+    kept = [batch["weights"] == 1 for batch in batches]
+    return tuple(
+        np.concatenate([b[key][k] for b, k in zip(batches, kept, strict=True)])
+        for key in ("inputs", "targets")
+    )
+
+
+@pytest.mark.parametrize("cache_gb", [4.0, 1e-9])
+def test_every_pixel_and_label_is_read(folder, cache_gb):
+    data = source(folder, cache_gb=cache_gb).load()
+    assert list(data) == ["train", "test"]
+    for name, split in data.items():
+        assert len(split) == len(PIXELS[name])
+        found = rows_of(split)
+        for array, expected in zip(found, in_order(name), strict=True):
+            np.testing.assert_array_equal(array, expected)
+            assert array.dtype == expected.dtype
+
+
+def test_splits_are_tfds_own(folder):
+    data = source(folder, train="train[:75%]", validation="train[75%:]", test=None).load()
+    images, _ = in_order("train")
+    assert {name: len(split) for name, split in data.items()} == {"train": 30, "validation": 10}
+    np.testing.assert_array_equal(rows_of(data["validation"])[0], images[30:])
+    joined = source(folder, train="train+test", test=None).load()["train"]
+    np.testing.assert_array_equal(rows_of(joined)[1][40:], in_order("test")[1])
+
+
+def test_batches_are_the_same_decoded_once_or_as_they_are_read(folder):
+    kept, read = (source(folder, cache_gb=gb).load()["train"] for gb in (4.0, 1e-9))
+    assert type(kept) is Examples
+    assert isinstance(kept.rows["inputs"], np.memmap)
+    assert type(read) is tfds.Decoded
+    for workers in (0, 2):
+        steps = zip(training(kept, 16, 3, 2, 7), training(read, 16, 3, 2, 7, workers), strict=True)
+        for a, b in steps:
+            assert a.keys() == b.keys()
+            assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    whole = read.batch(4, 16, 3)
+    parts = [read.batch(4, 16, 3, slice(i, i + 4)) for i in range(0, 16, 4)]
+    for key, value in whole.items():
+        np.testing.assert_array_equal(np.concatenate([p[key] for p in parts]), value)
+
+
+def test_what_was_decoded_is_not_decoded_again(folder, monkeypatch):
+    first = source(folder).load()
+
+    def broken(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(tfds, "_image", broken)
+    assert fingerprint(source(folder).load()) == fingerprint(first)
+    with pytest.raises(AssertionError, match="decoded again"):
+        source(folder, size=(6, 8)).load()
+
+
+def test_images_of_other_sizes_are_scaled_and_cut_in_the_middle(folder):
+    data = source(folder, size=(3, 3)).load()["train"]
+    assert data.rows["inputs"].shape == (40, 3, 3, 3)
+    image = Image.fromarray(in_order("train")[0][5]).resize((4, 3), Image.Resampling.BILINEAR)
+    left = (4 - 3) // 2
+    np.testing.assert_array_equal(data.rows["inputs"][5], np.asarray(image)[:, left : left + 3])
+
+
+def test_tensorflow_is_not_imported(folder, tmp_path):
+    program = f"""
+import pathlib, sys, tiny
+from research.data.tfds import TFDS
+from research.models.resnet import ResNetConfig
+from research.setup import prepare
+from research.train import train
+model = ResNetConfig(classes=3, layers=(1,), width=4, stem="cifar")
+data = TFDS(name="beasts", data_dir={str(folder)!r})
+e = tiny.mlp(model=model, data=data, eval_split="test", steps=2)
+train(prepare(e, tiny.ONE), pathlib.Path({str(tmp_path)!r}) / "run", quiet=True)
+assert "tensorflow_datasets" in sys.modules
+assert not [m for m in sys.modules if m.partition(".")[0] == "tensorflow"]
+"""
+    paths = {"PYTHONPATH": os.pathsep.join(["tests", str(pathlib.Path.cwd())])}
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | paths)
+
+
+def rewritten(folder, to, name, change):
+    """A copy of the data set in which `change` was applied to one row's bytes, in one file."""
+    where = folder / "beasts" / "1.0.0"
+    copy = to / "beasts" / "1.0.0"
+    copy.mkdir(parents=True)
+    for path in where.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    reader = records.ArrayRecordReader(str(copy / name))
+    rows = reader.read([*range(reader.num_records())])
+    reader.close()
+    writer = records.ArrayRecordWriter(str(copy / name), "group_size:1")
+    for i, row in enumerate(rows):
+        writer.write(change(row) if i == 2 else row)
+    writer.close()
+    return to
+
+
+def garbled(row):
+    start = row.index(b"PNG")
+    return row[:start] + b"GNP" + row[start + 3 :]
+
+
+@pytest.mark.parametrize("cache_gb", [4.0, 1e-9])
+def test_an_image_that_cannot_be_decoded(folder, tmp_path, cache_gb):
+    name = sorted(p.name for p in (folder / "beasts" / "1.0.0").glob("beasts-train*"))[1]
+    first = folder / "beasts" / "1.0.0" / name.replace("-00001-", "-00000-")
+    before = records.ArrayRecordReader(str(first)).num_records()
+    bad = rewritten(folder, tmp_path / "bad", name, garbled)
+    message = rf"{name}, row 2: the image cannot be decoded"
+
+    def every(on_bad, max_bad=100):
+        data = source(bad, on_bad=on_bad, max_bad=max_bad, cache_gb=cache_gb).load()
+        return data, [data["train"].evaluation(20)[i] for i in range(2)]
+
+    for options in ({"on_bad": "raise"}, {"on_bad": "skip", "max_bad": 0}):
+        for _ in range(2):  # kept or not
+            with pytest.raises(UserError, match=message):
+                every(**options)
+    for _ in range(2):
+        data, batches = every("skip")
+        weights, marked, inputs = (
+            np.concatenate([b[k] for b in batches]) for k in ("weights", "bad", "inputs")
+        )
+        images = in_order("train")[0]
+        np.testing.assert_array_equal(np.flatnonzero(weights == 0), [before + 2])
+        np.testing.assert_array_equal(marked, weights == 0)
+        np.testing.assert_array_equal(inputs[weights == 1], images[weights == 1])
+        if cache_gb == 4.0:
+            (note,) = data.notes
+            assert note.startswith("1 bad row skipped, first ")
+    shown = data["train"].evaluation(64)[0]
+    assert shown["bad"].sum() == 1  # padding is none
+    assert shown["weights"].sum() == 39
+
+
+def test_skipped_rows_are_counted_in_the_metrics(folder, tmp_path):
+    name = sorted(p.name for p in (folder / "beasts" / "1.0.0").glob("beasts-t*"))[0]
+    bad = rewritten(folder, tmp_path / "bad", name, garbled)
+    model = ResNetConfig(classes=3, layers=(1,), width=4, stem="cifar")
+    e = tiny.mlp(
+        model=model,
+        data=source(bad, on_bad="skip"),
+        batch_size=None,
+        eval_split="test",
+        steps=2,
+        target=Target(metric="accuracy", value=0.0, split="train"),
+    )
+    final = train(tiny.prepare(e, tiny.ONE), tmp_path / "run", quiet=True).metrics
+    assert final["test"]["bad"] == pytest.approx(1 / 20)
+    assert final["train"]["bad"] == 0
+    rows = tiny.rows(tmp_path / "run")
+    assert all("bad" in row for row in rows)
+    assert "bad row skipped" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_label_that_no_class_has(folder, tmp_path):
+    name = next((folder / "beasts" / "1.0.0").glob("beasts-test*")).name
+    bad = rewritten(folder, tmp_path / "bad", name, lambda row: row)
+    copy = bad / "beasts" / "1.0.0"
+    (copy / "label.labels.txt").write_text("ape\nbee\n")
+    features = json.loads((copy / "features.json").read_text())
+    features["featuresDict"]["features"]["label"]["classLabel"]["numClasses"] = "2"
+    (copy / "features.json").write_text(json.dumps(features))
+    with pytest.raises(UserError, match=r"row \d+: label is 2, and there are 2 classes"):
+        source(bad).load()
+
+
+def test_a_class_that_training_never_sees(folder):
+    with pytest.raises(UserError, match="test has class 1, which train never has"):
+        source(folder, train="train[:10]").load()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "birds"}, "has no data set birds; it has: beasts"),
+        ({"name": "beasts:2.0.0"}, "beasts:2.0.0"),
+        ({"train": "training"}, "beasts/1.0.0 has no split training"),
+        ({"train": "train[:0%]"}, "the split train.:0%. is empty"),
+        ({"inputs": "pixels"}, "data.inputs: no feature pixels; there are image, label"),
+        ({"data_dir": "nowhere"}, "no data at nowhere"),
+        ({"inputs": "label", "size": (3, 3)}, "data.size is for images, and label is none"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(folder, fields, message):
+    with pytest.raises(UserError, match=message) as caught:
+        source(folder, **fields).load()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'ergon\[tfds\]'"):
+        source(folder).load()
+
+
+def test_texts_are_for_another_source(tmp_path):
+    (tmp_path / "lines.txt").write_text("one\ntwo\n")
+    prepare.prepare(
+        prepare.Options(
+            source=tmp_path / "lines.txt", kind="lines", name="poem", out=tmp_path / "tfds"
+        )
+    )
+    with pytest.raises(UserError, match=r"data.inputs: text is a Text.*data.text.Text reads texts"):
+        TFDS(name="poem", data_dir=str(tmp_path / "tfds"), inputs="text", targets="text").load()
+
+
+SQUARES = """
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "x": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        }
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0), "test": self._generate_examples(1)}
+
+    def _generate_examples(self, seed):
+        for i, x in enumerate(np.random.default_rng(seed).normal(size=(12, 2))):
+            yield i, {"x": x.astype(np.float32), "label": int(x[0] > x[1])}
+"""
+"""A data set that TFDS has code for, and that is not prepared yet."""
+
+
+def test_a_data_set_is_prepared_where_that_takes_no_tensorflow(tmp_path, monkeypatch):
+    package = tmp_path / "code" / "ergon_squares"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "ergon_squares_dataset_builder.py").write_text(SQUARES)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    importlib.import_module("ergon_squares.ergon_squares_dataset_builder")
+    data = TFDS(name="ergon_squares", data_dir=str(tmp_path)).load()
+    assert {name: len(split) for name, split in data.items()} == {"train": 12, "test": 12}
+    for split in data.values():
+        inputs, targets = rows_of(split)
+        assert inputs.dtype == np.float32
+        np.testing.assert_array_equal(targets, inputs[:, 0] > inputs[:, 1])
+    assert {p.name for p in (tmp_path / "ergon_squares" / "1.0.0").iterdir()} > {"features.json"}
+
+
+def test_a_run_on_decoded_rows_resumes_bit_for_bit(folder, tmp_path):
+    model = ResNetConfig(classes=3, layers=(1,), width=4, stem="cifar")
+    data = source(folder, cache_gb=1e-9)
+    e = tiny.mlp(model=model, task=Classify(), data=data, eval_split="test", steps=6, save_every=3)
+    whole = tiny.final_state(e, tmp_path / "whole")
+    tiny.final_state(dataclasses.replace(e, steps=3), tmp_path / "parts")
+    parts = tiny.final_state(e, tmp_path / "parts")
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole.params, parts.params))
