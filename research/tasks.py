@@ -21,6 +21,8 @@ from flax import nnx
 from research import UserError, metrics, mixing
 
 Batch = Mapping[str, jax.Array]
+GIVEN = ("lengths", "segments", "positions")
+"""What a model is given beside its inputs, where the batch has it."""
 
 
 class Mean(NamedTuple):
@@ -60,7 +62,7 @@ class Task:
         self, model: Any, batch: Batch, rngs: nnx.Rngs | None, carry: Any
     ) -> tuple[jax.Array, Any]:
         """What the model gives, in float32 whatever it computes in, and the carry after it."""
-        kwargs = {"lengths": batch["lengths"]} if "lengths" in batch else {}
+        kwargs = {name: batch[name] for name in GIVEN if name in batch}
         if carry is None:
             return _wide(model(batch["inputs"], rngs=rngs, **kwargs)), None
         fresh = model.initial_carry(batch["inputs"].shape[0])

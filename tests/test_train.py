@@ -15,7 +15,7 @@ from research.parallel import Parallel
 from research.setup import prepare
 from research.tasks import BinaryClassify
 
-FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.resnet, tiny.vit]
+FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.packed, tiny.resnet, tiny.vit]
 ONE, EIGHT = tiny.ONE, jax.devices()
 
 
@@ -429,6 +429,10 @@ def test_the_carry_is_saved_and_matters(tmp_path):
         (
             tiny.transformer(data=tiny.Words(stream=True)),
             "Transformer keeps no state between batches",
+        ),
+        (
+            tiny.lstm(data=tiny.Documents()),
+            "packed rows of several documents, and Recurrent cannot tell documents apart",
         ),
     ],
 )

@@ -106,14 +106,14 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
     return digest.hexdigest()
 
 
-def _padded(index: np.ndarray, i: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(index: np.ndarray, i: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Batch i of an index, the first of it repeated where it ends; and what is padding."""
     places = np.arange(i * batch_size, (i + 1) * batch_size)
     padding = places >= len(index)
     return index[np.where(padding, 0, places)], padding
 
 
-def _blank(batch: Batch, padding: np.ndarray) -> Batch:
+def blank(batch: Batch, padding: np.ndarray) -> Batch:
     """Gives padding weight 0, and calls it no bad row."""
     batch["weights"][padding] = 0
     if "bad" in batch:
@@ -145,8 +145,8 @@ class Examples:
 
     def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
         def make(i: int) -> Batch:
-            index, padding = _padded(np.arange(len(self)), i, batch_size)
-            return _blank(self._take(index[part]), padding[part])
+            index, padding = padded(np.arange(len(self)), i, batch_size)
+            return blank(self._take(index[part]), padding[part])
 
         return Lazy(make, -(-len(self) // batch_size))
 
@@ -200,8 +200,8 @@ class Windows:
         starts = np.arange(0, len(self), self.length)
 
         def make(i: int) -> Batch:
-            rows, padding = _padded(starts, i, batch_size)
-            return _blank(self._take(rows[part]), padding[part])
+            rows, padding = padded(starts, i, batch_size)
+            return blank(self._take(rows[part]), padding[part])
 
         return Lazy(make, -(-len(starts) // batch_size))
 
