@@ -16,6 +16,7 @@ from research import UserError, compute
 from research.data import splits
 from research.data.packed import Packed, best_fit, documents, index, pack
 from research.models.transformer import TransformerConfig
+from research.tasks import NextToken
 
 # Documents (how many, and the longest), a row and a batch, from one prediction to many.
 SIZES = list(itertools.product([1, 2, 7, 30], [2, 5, 23], [1, 4, 8], [1, 3]))
@@ -234,10 +235,8 @@ MODELS = {
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 TOKENS = np.asarray([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]], np.int32)
-SEGMENTS = np.asarray([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2]], np.int32)
-POSITIONS = np.asarray([[0, 1, 2, 0, 1, 0, 0, 0], [0, 0, 1, 2, 3, 4, 5, 6]], np.int32)
-SPANS = [(0, 0, 3), (0, 3, 5), (0, 5, 6), (1, 0, 1), (1, 1, 8)]
-"""Rows, and where in them documents begin and end."""
+SEGMENTS = np.asarray([[1, 1, 1, 2, 3, 3, 3, 0], [1, 1, 1, 2, 2, 2, 2, 2]], np.int32)
+POSITIONS = np.asarray([[0, 1, 2, 0, 0, 1, 2, 0], [0, 1, 2, 0, 1, 2, 3, 4]], np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -248,18 +247,24 @@ def logits_of(config, params, tokens, segments=None, positions=None):
 
 @every_model
 def test_a_document_in_a_row_is_the_document_alone(config):
+    """Its logits, and what it adds to the gradients."""
     params = scrambled(config)
 
-    def loss(params, *given, at):
-        logits = logits_of(config, params, *given)[at]
-        return jnp.sum(jnp.square(logits)), logits
+    @jax.jit
+    def found(params, weights, *given):
+        def loss(params):
+            logits = logits_of(config, params, *given)
+            return jnp.sum(jnp.square(logits) * weights[..., None]), logits
 
-    grad = jax.grad(loss, has_aux=True)
-    for row, start, stop in SPANS:
-        packed = grad(params, TOKENS, SEGMENTS, POSITIONS, at=(row, slice(start, stop)))
-        alone = grad(params, TOKENS[row : row + 1, start:stop], at=0)
-        assert len(alone[1]) == stop - start
-        for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True):
+        grads, logits = jax.grad(loss, has_aux=True)(params)
+        return logits, grads
+
+    for row, number, length in [(0, 1, 3), (0, 3, 3), (1, 1, 3), (1, 2, 5)]:
+        own = np.equal(SEGMENTS, number) & (np.arange(2) == row)[:, None]
+        logits, grads = found(params, np.float32(own), TOKENS, SEGMENTS, POSITIONS)
+        alone = found(params, np.ones((1, length), np.float32), TOKENS[own][None])
+        for a, b in zip(*map(jax.tree.leaves, ((logits[own], grads), alone)), strict=True):
+            b = b.reshape(a.shape)
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
@@ -298,6 +303,18 @@ def test_a_row_of_one_document_is_what_it_was():
         positions = np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8))
         found = logits_of(config, params, TOKENS, whole, positions)
         np.testing.assert_allclose(found, logits_of(config, params, TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_the_task_gives_the_model_what_keeps_documents_apart():
+    params, batch = scrambled(GPT2), {"inputs": TOKENS}
+    apart = {"segments": SEGMENTS, "positions": POSITIONS}
+    model = functools.partial(logits_of, GPT2, params)
+    for given in ({}, apart):
+        found, _ = NextToken().outputs(
+            lambda tokens, rngs, **kwargs: model(tokens, **kwargs), batch | given, None, None
+        )
+        np.testing.assert_array_equal(found, model(TOKENS, **given))
+    assert not np.allclose(model(TOKENS), model(TOKENS, **apart))
 
 
 def test_packing_changes_no_model_flops():

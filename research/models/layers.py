@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         mask_B1QT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """As in `Layers._encode`."""
+        """mask_B1QT, positions_BT: as `Layers._encode` has them."""
         qkv_BTKCh = self.qkv(x_BTD)  # C = G + 2: a group's queries, its key, its value
         batch, time, _, _, head = qkv_BTKCh.shape
         q_BTNh = qkv_BTKCh[..., :-2, :].reshape(batch, time, -1, head)
