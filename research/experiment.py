@@ -34,6 +34,7 @@ RUNNING = (
     "save_every",
     "keep",
     "tracker",
+    "workers",
 )
 """Fields that leave the mathematics of a step alone, so that a continued run may change them."""
 
@@ -172,6 +173,9 @@ class Experiment:
     """Steps between checkpoints; None: only at the end."""
     keep: Annotated[int, Ge(1)] = 2
     """Checkpoints kept, the newest."""
+    workers: Annotated[int, Ge(0)] = 0
+    """Processes that make batches ahead, for data whose making holds Python's lock; 0: this one.
+    Changes no number."""
     tracker: Literal["wandb", "trackio"] | None = None
     """Also log to this experiment tracker, offline unless its own settings say otherwise."""
 

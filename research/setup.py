@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,6 +176,12 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         raise UserError(
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
             "no state between batches (it has no initial_carry): set data.stream to False"
+        )
+    if "segments" in batch and "segments" not in inspect.signature(model.__call__).parameters:
+        raise UserError(
+            f"data gives packed rows of several documents, and {type(model).__name__} cannot tell "
+            "documents apart (it takes no segments): take a model that can, such as a Transformer "
+            "decoder, or rows that are not packed"
         )
     if getattr(experiment.model, "bidirectional", False):
         _check_direction(experiment, carries)

@@ -22,6 +22,8 @@ from research import UserError, metrics, mixing
 from research.augment import Augment
 
 Batch = Mapping[str, jax.Array]
+GIVEN = ("lengths", "segments", "positions")
+"""What a model is given beside its inputs, where the batch has it."""
 
 
 class Mean(NamedTuple):
@@ -61,7 +63,7 @@ class Task:
         self, model: Any, batch: Batch, rngs: nnx.Rngs | None, carry: Any
     ) -> tuple[jax.Array, Any]:
         """What the model gives, in float32 whatever it computes in, and the carry after it."""
-        kwargs = {"lengths": batch["lengths"]} if "lengths" in batch else {}
+        kwargs = {name: batch[name] for name in GIVEN if name in batch}
         inputs = pixels(batch["inputs"])
         if carry is None:
             return _wide(model(inputs, rngs=rngs, **kwargs)), None

@@ -211,7 +211,9 @@ def train(
         step, pending = start, None
         over = e.early_stop.over(state.stop)
         stop = start if over else e.steps
-        batches = splits.training(setup.splits["train"], setup.batch_size, e.seed, start, stop)
+        batches = splits.training(
+            setup.splits["train"], setup.batch_size, e.seed, start, stop, e.workers
+        )
         clock.restart()
         for step, batch in enumerate(batches, start + 1):
             trace.before()

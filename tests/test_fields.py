@@ -43,6 +43,7 @@ from research import (
 from research import tasks as task_module
 from research import train as training
 from research.data.bundled import PythonReference
+from research.data.packed import Packed
 from research.data.splits import Examples, Lazy, Streams, Windows
 from research.experiment import EarlyStop, Experiment, Target
 from research.init_from import InitFrom, Name
@@ -560,7 +561,7 @@ def test_fields_that_no_config_has_are_read(name):
     assert not found, "\n".join(found)
 
 
-HELD = {Lazy, Examples, Windows, Streams, init_from.Loaded}
+HELD = {Lazy, Examples, Windows, Streams, Packed, init_from.Loaded}
 """Dataclasses that hold data, and are made in reading it: not configuration."""
 
 

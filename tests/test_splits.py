@@ -7,6 +7,7 @@ import pytest
 
 from research import UserError
 from research.data import splits
+from research.data.packed import pack
 from research.data.splits import Examples, Streams, Windows
 
 # Sizes of a stream, a window and a batch, from one prediction to many, dividing and not.
@@ -25,8 +26,13 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
-SPLITS = [rows(10), Windows(np.arange(50), 5), Streams(np.arange(50), 5)]
-ids = ["examples", "windows", "streams"]
+SPLITS = [
+    rows(10),
+    Windows(np.arange(50), 5),
+    Streams(np.arange(50), 5),
+    pack(np.arange(50), np.array([0, 3, 7, 20, 22, 33, 50]), 5),
+]
+ids = ["examples", "windows", "streams", "packed"]
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=ids)

@@ -35,7 +35,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(family, tmp
     assert bits(first.params) != bits(other.params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, tiny.packed])
 def test_resumed_equals_uninterrupted_bit_for_bit(family, tmp_path):
     asked = {"ema": 0.9, "eval_every": 4, "early_stop": EarlyStop(patience=9)}
     whole = tiny.final_state(family(steps=12, **asked), tmp_path / "whole")
@@ -89,7 +89,7 @@ def test_a_run_moves_to_other_devices(tmp_path):
     assert state.step == 12
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, tiny.packed])
 def test_the_loss_falls(family, tmp_path):
     tiny.final_state(family(steps=40), tmp_path)
     losses = [row["loss"] for row in tiny.rows(tmp_path) if row["split"] == "train"]
@@ -128,7 +128,7 @@ def stepped(experiment, devices=ONE, steps=2, weights=None):
     return jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("family", [tiny.mlp, tiny.lstm, tiny.transformer])
+@pytest.mark.parametrize("family", [tiny.mlp, tiny.lstm, tiny.transformer, tiny.packed])
 def test_a_batch_in_parts_is_the_batch(family):
     """The parameters, the optimizer's state, the carry of every row, and the metrics."""
     whole = stepped(plain(family))
@@ -429,6 +429,10 @@ def test_the_carry_is_saved_and_matters(tmp_path):
         (
             tiny.transformer(data=tiny.Words(stream=True)),
             "Transformer keeps no state between batches",
+        ),
+        (
+            tiny.lstm(data=tiny.Documents()),
+            "packed rows of several documents, and Recurrent cannot tell documents apart",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from research import checkpoint, record
+from research.data.packed import pack
 from research.data.splits import Examples, Streams, Windows
 from research.experiment import Experiment
 from research.models.lstm import LSTMConfig
@@ -67,6 +68,19 @@ class Words:
         tokens = (np.arange(700) % 5 + rng.integers(0, 3, 700)).astype(np.int32)
         kind = Streams if self.stream else Windows
         return {"train": kind(tokens[:600], 8), "validation": kind(tokens[600:], 8)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents:
+    """The same in documents of 1 to 20 tokens, packed into rows of 8."""
+
+    def load(self):
+        ends = np.cumsum(np.random.default_rng(1).integers(1, 21, 60))
+        found = {}
+        for name, split in Words().load().items():
+            offsets = np.concatenate([[0], ends[ends < len(split.tokens)], [len(split.tokens)]])
+            found[name] = pack(split.tokens, offsets, 8)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +168,10 @@ def transformer(**fields):
         vocab=7, context=8, layers=2, heads=2, width=8, scan=True, dropout=0.2
     )
     return mlp(**{"model": model, "task": NextToken(), "data": Words()} | fields)
+
+
+def packed(**fields):
+    return transformer(**{"data": Documents()} | fields)
 
 
 def resnet(**fields):

@@ -92,29 +92,35 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array | None = None) -> jax.Array:
-        """mask_BT: True where there is something to attend to (everywhere, without it)."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask_B1QT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """mask_B1QT, positions_BT: as `Layers._encode` has them."""
         qkv_BTKCh = self.qkv(x_BTD)  # C = G + 2: a group's queries, its key, its value
         batch, time, _, _, head = qkv_BTKCh.shape
         q_BTNh = qkv_BTKCh[..., :-2, :].reshape(batch, time, -1, head)
         k_BTKh, v_BTKh = qkv_BTKCh[..., -2, :], qkv_BTKCh[..., -1, :]
         if self.rotary:
-            q_BTNh, k_BTKh = _rotate(q_BTNh), _rotate(k_BTKh)
-        mask = None if mask_BT is None else mask_BT[:, None, None]
+            q_BTNh, k_BTKh = (_rotate(x, positions_BT) for x in (q_BTNh, k_BTKh))
         # Half of causal products are masked: the ledger says both.
         with jax.named_scope("causal") if self.causal else contextlib.nullcontext():
             y_BTNh = jax.nn.dot_product_attention(
-                q_BTNh, k_BTKh, v_BTKh, mask=mask, is_causal=self.causal
+                q_BTNh, k_BTKh, v_BTKh, mask=mask_B1QT, is_causal=self.causal
             )
         return self.out(y_BTNh.reshape(batch, time, -1))
 
 
-def _rotate(x_BTNh: jax.Array) -> jax.Array:
+def _rotate(x_BTNh: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
     """Rotary positions (Su et al. 2021): turns pairs (i, i + h/2) by position x frequency."""
-    time, half = x_BTNh.shape[1], x_BTNh.shape[-1] // 2
+    half = x_BTNh.shape[-1] // 2
     frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_1T1h = jnp.outer(jnp.arange(time, dtype=jnp.float32), frequency)[None, :, None]
-    cos, sin = jnp.cos(angle_1T1h), jnp.sin(angle_1T1h)
+    if positions_BT is None:
+        positions_BT = jnp.arange(x_BTNh.shape[1])[None]
+    angle_BTh = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
+    cos, sin = jnp.cos(angle_BTh)[:, :, None], jnp.sin(angle_BTh)[:, :, None]
     a, b = jnp.split(x_BTNh, 2, axis=-1)
     # In float32, whose products with bfloat16 are float32, and back.
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTNh.dtype)
@@ -152,14 +158,16 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_BT: jax.Array | None = None,
+        mask_B1QT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
         depth: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         def branch(y_BTD: jax.Array) -> jax.Array:
             return self.stochastic_depth(self.dropout(y_BTD, rngs=rngs), depth, rngs)
 
-        x = x_BTD + branch(self.attention(self.attention_norm(x_BTD), mask_BT))
+        attention = self.attention(self.attention_norm(x_BTD), mask_B1QT, positions_BT)
+        x = x_BTD + branch(attention)
         return x + branch(self.mlp(self.mlp_norm(x)))
 
 
@@ -185,15 +193,29 @@ class Layers(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def _encode(
-        self, x_BTD: jax.Array, mask_BT: jax.Array | None, rngs: nnx.Rngs | None
+        self,
+        x_BTD: jax.Array,
+        rngs: nnx.Rngs | None,
+        mask_B1QT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Adds positions, applies the layers and the norm."""
+        """Adds positions, applies the layers and the norm.
+
+        mask_B1QT: True where a step, or with Q = 1 every step, may attend to another (everywhere,
+        without it). positions_BT: places in a sequence (0, 1, ... without it).
+        """
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions(jnp.arange(x_BTD.shape[1]))[None]
-        return self.norm(self._layers(self.dropout(x_BTD, rngs=rngs), rngs, mask_BT))
+            numbers = jnp.arange(x_BTD.shape[1])[None] if positions_BT is None else positions_BT
+            x_BTD = x_BTD + self.positions(numbers)
+        x_BTD = self.dropout(x_BTD, rngs=rngs)
+        return self.norm(self._layers(x_BTD, rngs, mask_B1QT, positions_BT))
 
     def _layers(
-        self, x_BTD: jax.Array, rngs: nnx.Rngs | None, mask_BT: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        rngs: nnx.Rngs | None,
+        mask_B1QT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layers; each draws its dropout from a key of its own, scanned or not."""
         layers: Any = [self.layers] if self.scan else self.layers
@@ -207,7 +229,7 @@ class Layers(nnx.Module):
         def body(x: jax.Array, layer: tuple[nnx.State, Any, Any]) -> tuple[jax.Array, None]:
             params, key, depth = layer
             rngs = None if key is None else nnx.Rngs(dropout=key)
-            return nnx.merge(graphs[0], params)(x, mask_BT, depth, rngs), None
+            return nnx.merge(graphs[0], params)(x, mask_B1QT, positions_BT, depth, rngs), None
 
         if self.remat != "none":
             policy = jax.checkpoint_policies.checkpoint_dots if self.remat == "dots" else None

@@ -37,14 +37,30 @@ class Transformer(Layers):
             )
         )
 
-    def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """[B, T] -> logits [B, T, V]; T is at most `context`."""
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """[B, T] -> logits [B, T, V]; T is at most `context`.
+
+        segments [B, T]: numbers of the documents that tokens are of, none of which sees another
+        (one document a row, without it); positions [B, T]: places of tokens in their documents.
+        """
         if tokens_BT.shape[1] > self.context:
             raise ValueError(
                 f"{tokens_BT.shape[1]} tokens exceed the model's context of {self.context}"
             )
-        x = self._encode(self.embed(tokens_BT), None, rngs)
+        mask_B1TT = None if segments is None else _same(segments)
+        x = self._encode(self.embed(tokens_BT), rngs, mask_B1TT, positions)
         if self.output is not None:
             return self.output(x)
         with jax.named_scope("output"):
             return self.embed.attend(x)
+
+
+def _same(segments_BT: jax.Array) -> jax.Array:
+    """Pairs of one segment; padding is one too, so that every step has something to attend to."""
+    return (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
