@@ -1,11 +1,33 @@
-"""Models as their configs make them, for the tests: shapes, initial parameters, any parameters."""
+"""Models and setups as their configs make them, for the tests: shapes, parameters, data."""
 
+import dataclasses
 import functools
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+
+from research import UserError, setup
+from research.data.tfds import TFDS
+
+
+def prepared(experiment, devices):
+    """An experiment made ready, on the first images of a large set; skips the test where real data
+    is not there."""
+    if isinstance(experiment.data, TFDS):
+        few = dataclasses.replace(experiment.data, train="train[:500]", test="test[:500]")
+        experiment = dataclasses.replace(experiment, data=few)
+    try:
+        return setup.prepare(experiment, devices)
+    except UserError as error:
+        data = os.environ["ERGON_DATA"]
+        if str(error).startswith("no data at") and not pathlib.Path(data).exists():
+            pytest.skip(f"there is no data at {data}")
+        raise
 
 
 @functools.cache

@@ -3,11 +3,11 @@ it executes the model's products, but for differences whose cause is named."""
 
 import ahead
 import pytest
+from made import prepared
 from test_configs import CONFIGS, ids
 
 from research import command, compute
 from research.compute import causes
-from research.setup import prepare
 
 # An output layer of one unit is 3 products of 32 x 32 x 1. XLA for GPU splits some products over
 # the contracted axis, of 400, 120, 84 and 120, and fills it up to what the parts divide.
@@ -24,7 +24,7 @@ EXPECTED = {
 @pytest.mark.parametrize("target", ahead.TARGETS)
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_the_compiled_step_does_the_models_products(path, target):
-    setup = prepare(command.load(path), ahead.topology(target).devices[:1])
+    setup = prepared(command.load(path), ahead.topology(target).devices[:1])
     traced = setup.step().trace(*setup.abstract_example())
     compiled = traced.lower(lowering_platforms=(target,)).compile()
     found = compute.report(traced, compiled=compiled, mesh=setup.mesh)

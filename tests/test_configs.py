@@ -9,10 +9,10 @@ import re
 import jax
 import numpy as np
 import pytest
+from made import prepared
 
 from research import command, compute, experiment, init_from, parallel
 from research.compute import causes
-from research.setup import prepare
 
 CONFIGS = sorted(p for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
 if not CONFIGS:
@@ -26,7 +26,7 @@ def ids(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_one_shrunken_step(path):
     whole = command.load(path)
-    setup = prepare(dataclasses.replace(whole, steps=1, batch_size=8), jax.devices()[:1])
+    setup = prepared(dataclasses.replace(whole, steps=1, batch_size=8), jax.devices()[:1])
     state = setup.initial()
     before = jax.device_get(state.params)
     batch = parallel.put(setup.splits["train"].batch(0, 8, 0), setup.mesh)
@@ -41,7 +41,7 @@ def test_one_shrunken_step(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_every_flop_of_its_step_is_accounted_for(path):
-    setup = prepare(command.load(path), jax.devices()[:1])
+    setup = prepared(command.load(path), jax.devices()[:1])
     found = compute.report(setup.step().trace(*setup.abstract_example()))
     assert found.count.exact
     assert found.program.exact
@@ -62,7 +62,7 @@ def test_its_model_flops_are_the_same_on_every_mesh(path):
     counts = []
     for fsdp, devices in ((1, 1), (1, 8), (4, 8), (8, 8)):
         split = dataclasses.replace(whole, parallel=parallel.Parallel(fsdp=fsdp))
-        setup = prepare(split, jax.devices()[:devices])
+        setup = prepared(split, jax.devices()[:devices])
         counts.append(compute.count(setup.step().trace(*setup.abstract_example())))
     assert counts == counts[:1] * len(counts)
 
