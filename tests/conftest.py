@@ -8,13 +8,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-ROOT = pathlib.Path(__file__).parents[1]
-# Real data, which no test must have: those that read it skip where it is not.
-os.environ.setdefault("ERGON_DATA", str(ROOT.parent / "shared" / "data"))
+# Where it is absent, tests of what needs it skip.
+os.environ.setdefault("ERGON_DATA", str(pathlib.Path(__file__).parents[2] / "shared" / "data"))
 
 import jax
 import pytest
 
+ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

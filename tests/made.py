@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from research import UserError, setup
+from research.data import prepare
 from research.data.tfds import TFDS
 
 
@@ -65,3 +67,24 @@ def assert_kept_alone(sums, keep):
     np.testing.assert_allclose(rest, 0, atol=1e-2)
     np.testing.assert_allclose(kept.mean(0), keep, atol=0.03)
     assert np.all(np.abs(np.corrcoef(kept.T) - np.eye(len(keep))) < 0.06)
+
+
+BEASTS = {
+    name: np.random.default_rng(n).integers(0, 256, size=(n, 6, 8, 3)).astype(np.uint8)
+    for name, n in (("train", 40), ("test", 20))
+}
+
+
+def beasts(root):
+    """A folder of TFDS data sets, of which one is: beasts, `BEASTS` in three classes by turns, in
+    the order of the classes and in several files."""
+    for split, found in BEASTS.items():
+        for i, image in enumerate(found):
+            where = root / "images" / split / ("ape", "bee", "cat")[i % 3]
+            where.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(where / f"{i:03}.png")
+    options = prepare.Options(
+        source=root / "images", kind="images", name="beasts", out=root / "tfds", shard_mb=0.002
+    )
+    prepare.prepare(options)
+    return root / "tfds"

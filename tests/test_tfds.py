@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from array_record.python import array_record_module as records
+from made import BEASTS, beasts
 from PIL import Image
 
 from research import UserError
@@ -24,32 +25,10 @@ from research.models.resnet import ResNetConfig
 from research.tasks import Classify
 from research.train import train
 
-CLASSES = ("ape", "bee", "cat")
-RNG = np.random.default_rng(0)
-PIXELS = {
-    split: RNG.integers(0, 256, size=(n, 6, 8, 3)).astype(np.uint8)
-    for split, n in (("train", 40), ("test", 20))
-}
-
-
-def label(i):
-    return i % 3
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """beasts: 40 and 20 images of three classes, their order that of their classes."""
-    root = tmp_path_factory.mktemp("beasts")
-    for split, images in PIXELS.items():
-        for i, image in enumerate(images):
-            where = root / "images" / split / CLASSES[label(i)]
-            where.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(where / f"{i:03}.png")
-    options = prepare.Options(
-        source=root / "images", kind="images", name="beasts", out=root / "tfds", shard_mb=0.002
-    )
-    prepare.prepare(options)
-    return root / "tfds"
+    return beasts(tmp_path_factory.mktemp("beasts"))
 
 
 def source(folder, **fields):
@@ -58,8 +37,9 @@ def source(folder, **fields):
 
 def in_order(split):
     """What `folder` holds, in its order."""
-    index = sorted(range(len(PIXELS[split])), key=lambda i: (label(i), i))
-    return PIXELS[split][index], np.array([label(i) for i in index], np.int32)
+    labels = np.arange(len(BEASTS[split])) % 3
+    order = np.argsort(labels, kind="stable")
+    return BEASTS[split][order], labels[order].astype(np.int32)
 
 
 def rows_of(split, batch_size=7):
@@ -77,7 +57,7 @@ def test_every_pixel_and_label_is_read(folder, cache_gb):
     data = source(folder, cache_gb=cache_gb).load()
     assert list(data) == ["train", "test"]
     for name, split in data.items():
-        assert len(split) == len(PIXELS[name])
+        assert len(split) == len(BEASTS[name])
         found = rows_of(split)
         for array, expected in zip(found, in_order(name), strict=True):
             np.testing.assert_array_equal(array, expected)

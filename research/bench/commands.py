@@ -10,13 +10,14 @@ import tyro
 from tqdm import tqdm
 
 from research import command, plot, run
-from research.bench import ledger, loop, metering, methods, ngram, optimizers
+from research.bench import ledger, loop, metering, methods, ngram, optimizers, reading
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
 
 USAGE = (
     "python scripts/benchmark.py "
-    "{ngram [RUN ...], loop CONFIG, peaks [--json FILE], ledger, optimizers [--workdir DIR]}"
+    "{ngram [RUN ...], loop CONFIG, input CONFIG [--torch True], peaks [--json FILE], ledger, "
+    "optimizers [--workdir DIR]}"
 )
 
 
@@ -62,6 +63,39 @@ def the_loop(argv: list[str]) -> None:
     print(f"in train() {found.loop_ms:8.2f} ms")
     low, high = found.spread
     print(f"ratio      {found.ratio:8.3f}     rounds from {low:.3f} to {high:.3f}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading(command.Options):
+    rounds: int = 7
+    """Times that all is measured, in turn."""
+    torch: bool = False
+    """Also a PyTorch DataLoader on the same files; for images of TFDS."""
+
+
+def the_input(argv: list[str]) -> None:
+    options = command.parse(Reading, USAGE, argv)
+    with command.one_line_errors():
+        found = reading.measure(options.experiment, options.rounds)
+        print(f"made and placed  {found.supply:12,.0f} examples/s  {found.megabytes:10,.1f} MB/s")
+        print(f"a step's appetite{found.appetite:12,.0f} examples/s")
+        low, high = found.spread
+        print(f"waiting          {found.waiting:12.1%} of a step  rounds {low:.1%} to {high:.1%}")
+        if options.torch:
+            try:
+                beside = reading.loaders(options.experiment, options.rounds)
+            except ImportError as error:
+                command.fail(f"--torch needs a package: {error}")
+            print(f"\n{'decoded and augmented':28}{'examples/s':>12}{'of PyTorch':>12}")
+            for name, rate in dataclasses.asdict(beside).items():
+                print(f"{LOADERS[name]:28}{rate:12,.0f}{rate / beside.torch:12.2f}")
+
+
+LOADERS = {
+    "kept": "Ergon, decoded once",
+    "read": "Ergon, decoding each anew",
+    "torch": "PyTorch's DataLoader",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,6 +229,7 @@ def the_optimizers(argv: list[str]) -> None:
 KINDS = {
     "ngram": ngrams,
     "loop": the_loop,
+    "input": the_input,
     "peaks": the_peaks,
     "ledger": the_ledger,
     "optimizers": the_optimizers,

@@ -176,11 +176,12 @@ class Examples:
 
 def shuffled(step: int, batch_size: int, seed: int, n: int) -> np.ndarray:
     """The rows of a step's batch, of n that are shuffled anew each epoch."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // n
-    return np.concatenate(
-        [_permutation(seed, int(e), n)[positions[epochs == e] % n] for e in np.unique(epochs)]
-    )
+    start, stop = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // n, (stop - 1) // n + 1)
+    pieces = [
+        _permutation(seed, e, n)[max(start - e * n, 0) : min(stop - e * n, n)] for e in epochs
+    ]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 @dataclasses.dataclass(frozen=True)

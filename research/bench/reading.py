@@ -1,0 +1,145 @@
+"""What the making of batches costs a run, and a plain PyTorch DataLoader beside it."""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from research import UserError, parallel
+from research.data import splits
+from research.data.tfds import TFDS
+from research.experiment import Experiment
+from research.setup import Setup, prepare
+from research.tasks import Classify, pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input:
+    """Medians over rounds, in which all was measured one after the other."""
+
+    supply: float
+    """Examples a second that are made and put on the device while nothing else runs."""
+    megabytes: float
+    """10^6 bytes a second of the same."""
+    appetite: float
+    """Examples a second that steps take whose batches are on the device already."""
+    waiting: float
+    """Share of a step's time that is spent waiting: what steps take longer where each batch is
+    made, over what they take then. Below 0 where that is less than the noise."""
+    spread: tuple[float, float]
+    """The least and the greatest `waiting` of a round."""
+
+
+def measure(experiment: Experiment, rounds: int = 7, seconds: float = 2.0) -> Input:
+    """Times steps with and without the making of batches, in chunks of `seconds`, in turn."""
+    if rounds < 1:
+        raise UserError(f"input needs a round, not {rounds}")
+    setup = prepare(experiment)
+    step = setup.step().lower(*setup.example()).compile()
+    state = setup.initial()
+    fixed = itertools.cycle([_put(setup, batch) for batch in _some(setup, 4)])
+    state, once = _steps(setup, step, state, fixed, 3)
+    count = int(np.clip(seconds / once, 5, 5000))
+    batches = _endless(setup)
+    found = []
+    for _ in range(rounds):
+        state, alone = _steps(setup, step, state, fixed, count)
+        made = (_put(setup, batch) for batch in batches)
+        state, fed = _steps(setup, step, state, made, count)
+        start = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready(_put(setup, next(batches)))
+        found.append((alone, fed, (time.perf_counter() - start) / count))
+    alone, _, making = map(statistics.median, zip(*found, strict=True))
+    size = sum(array.nbytes for array in _some(setup, 1)[0].values())
+    shares = [1 - alone / fed for alone, fed, _ in found]
+    return Input(
+        supply=setup.batch_size / making,
+        megabytes=size / making / 1e6,
+        appetite=setup.batch_size / alone,
+        waiting=statistics.median(shares),
+        spread=(min(shares), max(shares)),
+    )
+
+
+def _put(setup: Setup, batch: splits.Batch) -> dict[str, jax.Array]:
+    return parallel.put(batch, setup.mesh)
+
+
+def _some(setup: Setup, n: int) -> list[splits.Batch]:
+    e, train = setup.experiment, setup.splits["train"]
+    return [train.batch(i, setup.batch_size, e.seed) for i in range(n)]
+
+
+def _endless(setup: Setup) -> Iterator[splits.Batch]:
+    """The batches of training, made as training makes them."""
+    e = setup.experiment
+    return splits.training(setup.splits["train"], setup.batch_size, e.seed, 0, 1 << 30, e.workers)
+
+
+def _steps(
+    setup: Setup, step: Any, state: Any, batches: Iterator[Any], count: int
+) -> tuple[Any, float]:
+    """The state after `count` steps, and the seconds of one."""
+    start = time.perf_counter()
+    for _ in range(count):
+        state, metrics = step(state, next(batches), setup.root)
+    jax.block_until_ready((state, metrics))
+    return state, (time.perf_counter() - start) / count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaders:
+    """Examples a second, decoded, augmented and ready for a model: medians over rounds."""
+
+    kept: float
+    """Of Ergon, from the decoded cache, augmented in a jitted program."""
+    read: float
+    """Of Ergon, decoding each image anew."""
+    torch: float
+    """Of PyTorch's DataLoader, which decodes each anew."""
+
+
+def loaders(
+    experiment: Experiment, rounds: int = 5, batches: int = 40, workers: int = 2
+) -> Loaders:
+    """Ergon's reading of a config's images beside a DataLoader's, on the same files.
+
+    batches: of a round. workers: the DataLoader's processes.
+    """
+    data, task = experiment.data, experiment.task
+    if not (isinstance(data, TFDS) and isinstance(task, Classify) and task.augment is not None):
+        raise UserError("a DataLoader is compared on TFDS images that task.augment changes")
+    change, size = task.augment, experiment.batch_size or 128
+    augment = jax.jit(lambda images, key: change(pixels(images), key))
+
+    def ours(cache_gb: float, workers: int) -> Iterator[Any]:
+        split = dataclasses.replace(data, cache_gb=cache_gb).load()["train"]
+        made = splits.training(split, size, 0, 0, 1 << 30, workers)
+        for n, batch in enumerate(made):
+            key = jax.random.fold_in(jax.random.key(0), n)
+            yield jax.block_until_ready((augment(batch["inputs"], key), batch["targets"]))
+
+    from research.bench.torch_data import endless
+
+    feeds = {
+        "kept": ours(data.cache_gb, 0),
+        "read": ours(1e-9, workers),
+        "torch": endless(data, size, workers, change.crop, change.flip),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in feeds}
+    for feed in feeds.values():  # workers start, programs compile
+        for _ in range(2 * batches):
+            next(feed)
+    for _ in range(rounds):
+        for name, feed in feeds.items():
+            start = time.perf_counter()
+            for _ in range(batches):
+                next(feed)
+            seconds[name].append((time.perf_counter() - start) / batches)
+    return Loaders(**{name: size / statistics.median(each) for name, each in seconds.items()})
