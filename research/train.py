@@ -217,8 +217,9 @@ def train(
         clock.restart()
         for step, batch in enumerate(batches, start + 1):
             trace.before()
+            placed = parallel.put(batch, setup.mesh)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, parallel.put(batch, setup.mesh), setup.root)
+                state, metrics = step_fn(state, placed, setup.root)
                 # Of the step before, while this one runs; not of every one where steps are short.
                 if pending and (due(pending[0], e.log_every) or clock.since_lap > 0.1):
                     report(*pending)
