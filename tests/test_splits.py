@@ -48,6 +48,45 @@ def test_batches_are_a_function_of_seed_and_step(split):
     assert same(first[0, 0], first[0, 1]) == streams
 
 
+@pytest.mark.parametrize("split", SPLITS, ids=ids)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_shares_of_processes_are_the_batch(split, processes):
+    size = 8 // processes
+    parts = [slice(i * size, (i + 1) * size) for i in range(processes)]
+
+    def joined(batches):
+        return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+
+    for step in (0, 3):
+        whole = split.batch(step, 8, 1)
+        assert same(joined([split.batch(step, 8, 1, part) for part in parts]), whole)
+    shares = [every(split.evaluation(8, part)) for part in parts]
+    for whole, *found in zip(every(split.evaluation(8)), *shares, strict=True):
+        assert same(joined(found), whole)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=ids)
+def test_bad_rows_keep_their_places(split):
+    fields = vars(split)
+    if isinstance(split, Examples):
+        marked = Examples(fields["rows"] | {"bad": np.arange(len(split)) % 3 == 0})
+    elif type(split) in (Windows, Streams):
+        marked = type(split)(**fields | {"bad": np.arange(50) % 3 == 0})
+    else:
+        return
+    batches = [(s.batch(2, 4, 0), *every(s.evaluation(4))) for s in (split, marked)]
+    seen = 0
+    for plain, found in zip(*batches, strict=True):
+        assert all(np.array_equal(found[k], plain[k]) for k in plain if k != "weights")
+        np.testing.assert_array_equal(found["weights"], np.where(found["bad"], 0, plain["weights"]))
+        assert not np.any(found["bad"] & (plain["weights"] == 0))  # padding is none
+        name = "targets" if found["weights"].ndim == 2 else "inputs"
+        there = plain["weights"] == 1
+        np.testing.assert_array_equal(found["bad"][there], found[name][there] % 3 == 0)
+        seen += found["bad"].sum()
+    assert seen
+
+
 @pytest.mark.parametrize("batch_size", [3, 4, 10])
 def test_an_epoch_is_a_permutation_of_all_rows(batch_size):
     def stream(seed):
