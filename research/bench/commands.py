@@ -10,14 +10,14 @@ import tyro
 from tqdm import tqdm
 
 from research import command, plot, run
-from research.bench import ledger, loop, metering, methods, ngram, optimizers, reading
+from research.bench import ledger, linear, loop, metering, methods, ngram, optimizers, reading
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
 
 USAGE = (
     "python scripts/benchmark.py "
     "{ngram [RUN ...], loop CONFIG, input CONFIG [--torch True], peaks [--json FILE], ledger, "
-    "optimizers [--workdir DIR]}"
+    "optimizers [--workdir DIR], linear CONFIG [--splits N]}"
 )
 
 
@@ -96,6 +96,33 @@ LOADERS = {
     "read": "Ergon, decoding each anew",
     "torch": "PyTorch's DataLoader",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(command.Options):
+    splits: int = 1
+    """Divisions of the data, with data.split from 0 on; 1: the config's own."""
+    runs: tuple[Path, ...] = ()
+    """Finished runs, whose accuracies are printed beside."""
+
+
+def baselines(argv: list[str]) -> None:
+    options = command.parse(Linear, USAGE, argv)
+    if options.splits < 1:
+        command.fail(f"--splits must be 1 or more, not {options.splits}")
+    found: dict[str, list[dict[str, float]]] = {}
+    with command.one_line_errors():
+        summaries = [run.summary(path) for path in options.runs]
+        for one in linear.divided(options.experiment, options.splits):
+            for model, scores in linear.accuracies(one.data.load()).items():
+                found.setdefault(model, []).append(scores)
+        for path, summary in zip(options.runs, summaries, strict=True):
+            if not all("accuracy" in row for row in summary.metrics.values()):
+                command.fail(f"{path} has no accuracy: not a run that classifies")
+            scores = {name: row["accuracy"] for name, row in summary.metrics.items()}
+            found.setdefault("the runs", []).append(scores)
+    print(f"accuracy in %, {options.splits} division{'s' * (options.splits > 1)} of the data\n")
+    print(linear.table(found))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,4 +260,5 @@ KINDS = {
     "peaks": the_peaks,
     "ledger": the_ledger,
     "optimizers": the_optimizers,
+    "linear": baselines,
 }

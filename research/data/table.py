@@ -40,7 +40,7 @@ class Table(Checked):
     alone; cells are stripped of spaces. The run keeps all of it in table.json, which
     `research.data.transform.Transform` applies to raw rows.
 
-    inputs: [batch, features] float32; targets: [batch], int32 or, of a regression, float32.
+    inputs: [batch, features] float32; targets: [batch] int32, or [batch, 1] float32 of a regression.
     """
 
     path: str
@@ -225,12 +225,10 @@ class Table(Checked):
     ) -> Transform:
         kinds = {}
         for name in names:
-            kinds[name] = kind = self._kind(file, index, name)
+            kinds[name] = kind = self._kind(file, self._good(file, index), name)
             if kind != "category":  # in every column before any is scaled: bad rows have no part
                 self._read(file, index, name, kind)
-        good = index[~file.bad[index]]
-        if not len(good):
-            raise UserError(f"{file.path}: every training row is bad")
+        good = self._good(file, index)
         try:
             columns = [self._scaled(file, good, name, kind) for name, kind in kinds.items()]
         except UserError as error:
@@ -246,6 +244,12 @@ class Table(Checked):
             columns=tuple(columns),
             missing_values=self.missing_values,
         )
+
+    def _good(self, file: Cells, index: np.ndarray) -> np.ndarray:
+        good = index[~file.bad[index]]
+        if not len(good):
+            raise UserError(f"{file.path}: every training row is bad")
+        return good
 
     def _scaled(self, file: Cells, good: np.ndarray, name: str, kind: Kind) -> Number | Category:
         impute = self.missing == "impute"
@@ -271,8 +275,8 @@ class Table(Checked):
     def _column(self, file: Cells, index: np.ndarray, name: str) -> list[str]:
         return ["" if self._empty(cell) else cell for cell in file.column(name, index)]
 
-    def _kind(self, file: Cells, index: np.ndarray, name: str) -> Kind:
-        found = [cell for cell in self._column(file, index[~file.bad[index]], name) if cell]
+    def _kind(self, file: Cells, good: np.ndarray, name: str) -> Kind:
+        found = [cell for cell in self._column(file, good, name) if cell]
         if not found:
             raise UserError(f"{file.path}: {_without_cells(name)}")
         if name in self.categories:
@@ -301,7 +305,7 @@ class Table(Checked):
         labels = self._column(file, good, self.target)
         found = transform.encode(columns, refuse), transform.targets(labels, refuse)
         inputs = np.zeros((len(index), len(transform.inputs)), np.float32)
-        targets = np.zeros(len(index), found[1].dtype)
+        targets = np.zeros((len(index), *found[1].shape[1:]), found[1].dtype)
         fine = ~file.bad[good]
         at = np.flatnonzero(~file.bad[index])
         inputs[at], targets[at] = found[0][fine], found[1][fine]

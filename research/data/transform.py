@@ -138,8 +138,7 @@ def parsed(name: str, found: Sequence[str], boolean: bool, refuse: Refuse) -> np
     for i, cell in enumerate(found):
         if not cell:
             continue
-        value = BOOLEANS.get(cell.lower()) if boolean else None
-        value = number(cell) if value is None else value
+        value = BOOLEANS.get(cell.lower()) if boolean else number(cell)
         if value is None:
             expected = "true or false" if boolean else "a number"
             refuse(i, f"{name} is {cell!r}, and not {expected}")
@@ -217,14 +216,14 @@ class Transform:
         return np.concatenate(parts, axis=1)
 
     def targets(self, found: Sequence[str], refuse: Refuse) -> np.ndarray:
-        """Labels [B] to int32 places among the classes, or to float32."""
+        """Labels [B] to int32 places among the classes [B], or to float32 [B, 1]."""
         if self.classes is None:
             with np.errstate(over="ignore"):
                 values = parsed(self.target, found, False, refuse).astype(np.float32)
             for i in np.flatnonzero(~np.isfinite(values)).tolist():
                 reason = f"{found[i]}, too large for float32" if found[i] else "missing"
                 refuse(i, f"{self.target}, the target, is {reason}")
-            return values
+            return values[:, None]
         place = {name: i for i, name in enumerate(self.classes)}
         for i, cell in enumerate(found):
             if label(cell) not in place:
