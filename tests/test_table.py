@@ -605,7 +605,7 @@ def test_a_transform_survives_json(tmp_path):
 def test_a_regression_trains(tmp_path):
     rows = [[str(i), repr(3 * i / 70 + 1)] for i in range(100)]
     source = Table(path=write(tmp_path / "x.csv", rows, ["a", "y"]), target="y")
-    e = tiny.lines(data=source, model=MLPConfig(features=1, sizes=(1,)), steps=300)
+    e = tiny.lines(data=source, model=MLPConfig(features=1, sizes=(1,)), steps=1000)
     summary = train(prepare(e, tiny.ONE), tmp_path / "run", quiet=True)
     assert summary.metrics["validation"]["r2"] > 0.95
 

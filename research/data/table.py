@@ -40,7 +40,7 @@ class Table(Checked):
     alone; cells are stripped of spaces. The run keeps all of it in table.json, which
     `research.data.transform.Transform` applies to raw rows.
 
-    inputs: [batch, features] float32; targets: [batch] int32, or [batch, 1] float32 of a regression.
+    inputs: [batch, features] float32; targets: [batch] int32, or float32 [batch, 1].
     """
 
     path: str
