@@ -4,13 +4,13 @@ from research.data.table import Table
 from research.experiment import Experiment, Target
 from research.models.mlp import MLPConfig
 from research.optim import Optax, Optimizer
-from research.tasks import Classify
+from research.tasks import BinaryClassify
 
 
 def config() -> Experiment:
     return Experiment(
-        model=MLPConfig(features=18, sizes=(64, 32, 2), dropout=0.2),
-        task=Classify(),
+        model=MLPConfig(features=18, sizes=(64, 32, 1), dropout=0.2),
+        task=BinaryClassify(),
         data=Table(
             path="tables/titanic.csv",
             target="Survived",
