@@ -43,6 +43,7 @@ from research import (
 )
 from research import tasks as task_module
 from research import train as training
+from research.data.arrays import Arrays
 from research.data.bad import Bad
 from research.data.bundled import PythonReference
 from research.data.cells import Cells
@@ -132,6 +133,7 @@ SMALLER: dict[type, dict[str, Any]] = {
 
 ENCODER = EncoderConfig(classes=3, vocab=7, context=8, layers=1, heads=2, width=8)
 GROUP = Group(match="layers/0", multiplier=0.5, update=Optax("sgd", {"learning_rate": 0.1}))
+POINTS = {name: dict(split.rows) for name, split in tiny.Points().load().items()}
 TABLE = Table(path="tests/table.csv", target="label")
 BASES: dict[str, tuple[Experiment, str]] = {
     "encoder": (tiny.mlp(model=ENCODER, data=Labelled()), "model"),
@@ -141,6 +143,7 @@ BASES: dict[str, tuple[Experiment, str]] = {
         tiny.mlp(init_from=InitFrom(path="absent", names=(Name(match="^", to=""),))),
         "init_from",
     ),
+    "arrays": (tiny.mlp(data=Arrays(**POINTS)), "data"),
     "table": (tiny.mlp(data=TABLE, model=AnyWidth()), "data"),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
@@ -208,6 +211,11 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     # Fewer than there are, and enough for a batch.
     "Digits.train": lambda e: [30],
     "InitFrom.fresh": lambda e: ["kernel"],
+    # Fewer rows.
+    **{
+        f"Arrays.{f.name}": lambda e: [{k: v[1:] for k, v in POINTS["train"].items()}]
+        for f in dataclasses.fields(Arrays)
+    },
     # Files of rows, columns of theirs, and cells.
     "Table.path": lambda e: [table(stop=40)],
     "Table.test": lambda e: [table(start=40)],
