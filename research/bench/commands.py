@@ -9,7 +9,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from research import command, plot, run
+from research import UserError, command, plot, run
 from research.bench import ledger, linear, loop, metering, methods, ngram, optimizers, reading
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
@@ -188,7 +188,12 @@ def the_ledger(argv: list[str]) -> None:
             print(f"\n{ledger.table(lines)}")
         if options.only != "counters":
             configs = [p for p in sorted(Path("configs").glob("*.py")) if p.stem != "__init__"]
-            costs = {p.stem: metering.cost(command.load(p)) for p in configs}
+            costs = {}
+            for path in configs:
+                try:
+                    costs[path.stem] = metering.cost(command.load(path))
+                except UserError as error:  # data that is not here
+                    print(f"{path.stem} is left out: {error}", file=sys.stderr)
             seconds = metering.per_step()
             found["costs"] = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
             found["metering_seconds_per_step"] = seconds

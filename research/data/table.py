@@ -223,14 +223,20 @@ class Table(Checked):
         strata: np.ndarray,
         classed: bool,
     ) -> Transform:
-        kinds = {}
+        kinds: dict[str, Kind] = {}
+        values: dict[str, np.ndarray] = {}
         for name in names:
             kinds[name] = kind = self._kind(file, self._good(file, index), name)
             if kind != "category":  # in every column before any is scaled: bad rows have no part
-                self._read(file, index, name, kind)
+                values[name] = self._read(file, index, name, kind == "boolean")
         good = self._good(file, index)
         try:
-            columns = [self._scaled(file, good, name, kind) for name, kind in kinds.items()]
+            columns = [
+                self._number(name, values[name][~file.bad[index]], kind == "boolean")
+                if name in values
+                else self._category(name, self._column(file, good, name))
+                for name, kind in kinds.items()
+            ]
         except UserError as error:
             raise UserError(f"{file.path}: {error}") from None
         classes = None
@@ -251,29 +257,31 @@ class Table(Checked):
             raise UserError(f"{file.path}: every training row is bad")
         return good
 
-    def _scaled(self, file: Cells, good: np.ndarray, name: str, kind: Kind) -> Number | Category:
-        impute = self.missing == "impute"
-        if kind == "category":
-            return Category.fit(
-                name,
-                self._column(file, good, name),
-                min_count=self.min_count,
-                most=self.max_categories,
-                missing=impute,
-            )
-        values = self._read(file, good, name, kind)
+    def _category(self, name: str, found: Sequence[str]) -> Category:
+        return Category.fit(
+            name,
+            found,
+            min_count=self.min_count,
+            most=self.max_categories,
+            missing=self.missing == "impute",
+        )
+
+    def _number(self, name: str, values: np.ndarray, boolean: bool) -> Number:
         if np.isnan(values).all():
             raise UserError(_without_cells(name))
         return Number.fit(
             name,
             values,
-            boolean=kind == "boolean",
-            fill=self.fill if impute else None,
+            boolean=boolean,
+            fill=self.fill if self.missing == "impute" else None,
             indicator=name in self.indicators,
         )
 
     def _column(self, file: Cells, index: np.ndarray, name: str) -> list[str]:
-        return ["" if self._empty(cell) else cell for cell in file.column(name, index)]
+        found = file.column(name, index)
+        if not self.missing_values:
+            return found
+        return ["" if self._empty(cell) else cell for cell in found]
 
     def _kind(self, file: Cells, good: np.ndarray, name: str) -> Kind:
         found = [cell for cell in self._column(file, good, name) if cell]
@@ -286,11 +294,14 @@ class Table(Checked):
             raise UserError(f"{file.path}: column {name}, which indicators names, is no number")
         return "number" if kind == "category" and name in self.numbers else kind
 
-    def _read(self, file: Cells, index: np.ndarray, name: str, kind: Kind) -> np.ndarray:
-        """A column's numbers in rows that are not bad, which those with another cell become."""
-        good = index[~file.bad[index]]
-        found = self._column(file, good, name)
-        return parsed(name, found, kind == "boolean", lambda i, why: file.refuse(int(good[i]), why))
+    def _read(self, file: Cells, index: np.ndarray, name: str, boolean: bool) -> np.ndarray:
+        """A column's numbers [rows of index], NaN where one is missing, or its row bad."""
+        at = np.flatnonzero(~file.bad[index])
+        rows = index[at]
+        found = self._column(file, rows, name)
+        values = np.full(len(index), np.nan)
+        values[at] = parsed(name, found, boolean, lambda i, why: file.refuse(int(rows[i]), why))
+        return values
 
     def _encoded(
         self, transform: Transform, file: Cells, index: np.ndarray

@@ -34,6 +34,8 @@ def kind_of(found: Sequence[str]) -> Kind:
     """What a column is, from its cells that are not missing."""
     if all(cell.lower() in BOOLEANS for cell in found):
         return "boolean"
+    if _all_numbers(found) is not None:
+        return "number"
     return "category" if any(number(cell) is None for cell in found) else "number"
 
 
@@ -134,6 +136,8 @@ class Category:
 
 def parsed(name: str, found: Sequence[str], boolean: bool, refuse: Refuse) -> np.ndarray:
     """Cells [B] as float64, NaN where one is missing; refuses what is no finite number."""
+    if not boolean and (quick := _all_numbers(found)) is not None:
+        return quick
     values = np.full(len(found), np.nan)
     for i, cell in enumerate(found):
         if not cell:
@@ -147,6 +151,16 @@ def parsed(name: str, found: Sequence[str], boolean: bool, refuse: Refuse) -> np
         else:
             values[i] = value
     return values
+
+
+def _all_numbers(found: Sequence[str]) -> np.ndarray | None:
+    """The same in one go where every cell that is not empty is a finite number, and else None."""
+    try:
+        values = np.array([float(cell) if cell else np.nan for cell in found])
+    except ValueError:
+        return None
+    there = np.array([bool(cell) for cell in found], bool)
+    return values if np.isfinite(values[there]).all() and "_" not in "".join(found) else None
 
 
 def _odd_ones(name: str, counts: Mapping[str, int]) -> str:
@@ -165,7 +179,7 @@ def _order(word: str) -> tuple[bool, float, str]:
 
 def label(cell: str) -> str:
     """A class's name: a whole number as such, whether it is written 1 or 1.0."""
-    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", cell)
+    return cell if "." not in cell else re.sub(r"^([+-]?\d+)\.0*$", r"\1", cell)
 
 
 def classes_of(labels: Sequence[str]) -> tuple[str, ...]:
