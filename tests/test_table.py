@@ -298,6 +298,13 @@ def test_a_class_of_one_row_is_trained_on(tmp_path):
         assert data["train"].rows["targets"].sum() == 1
 
 
+def test_labels_that_differ_by_what_numpy_strips(tmp_path):
+    path = write(tmp_path / "x.csv", [["1", ("b", "b\0")[i % 2]] for i in range(40)], ["a", "y"])
+    data = Table(path=path, target="y").load()
+    assert transform(data).classes == ("b", "b\0")
+    assert [int(split.rows["targets"].sum()) for split in data.values()] == [14, 2, 4]
+
+
 def test_regression_is_split_too(tmp_path):
     path = write(tmp_path / "x.csv", [[str(i), str(i / 7)] for i in range(100)], ["a", "y"])
     data = Table(path=path, target="y").load()
@@ -500,6 +507,7 @@ def test_files_that_are_no_tables(tmp_path):
         max_categories=5,
     )
     refused("every training row is bad", "a,y\n" + "1\n" * 30, on_bad="skip")
+    refused("every training row is bad", "a,y\n" + "1\n" * 30, on_bad="skip", missing="drop")
     refused(
         "a, which indicators names, is no number", "a,y\n" + "v,0\nw,1\n" * 20, indicators=("a",)
     )

@@ -157,7 +157,8 @@ class Table(Checked):
         good = np.flatnonzero(~file.bad)
         empty = np.zeros(len(file), bool)
         for name in names:
-            empty[good] |= [self._empty(cell) for cell in file.column(name, good)]
+            cells_of = file.column(name, good)
+            empty[good] |= np.array([self._empty(cell) for cell in cells_of], bool)
         n = int(empty.sum())
         if n:
             notes.append(f"{file.path}: {n} of {len(file)} rows dropped, for a cell is missing")
@@ -201,8 +202,11 @@ class Table(Checked):
         """Rows of each split, in the file's order; every stratum has its share of each."""
         rng = np.random.default_rng(self.split)
         place = np.empty(len(file))
-        for name in sorted(set(strata)):
-            rows = rng.permutation(np.flatnonzero(strata == name))
+        members: dict[str, list[int]] = {}
+        for i, name in enumerate(strata):
+            members.setdefault(name, []).append(i)
+        for name in sorted(members):
+            rows = rng.permutation(members[name])
             # Evenly spread over 0 to 1; the last of them is to be trained on, however few they are.
             place[rows] = (np.arange(len(rows)) + rng.random()) / len(rows)
             place[rows[-1]] = 1
