@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import json
 import math
@@ -295,7 +296,10 @@ def _words(hint: Any) -> str:
 
 
 def to_json(config: Any) -> Any:
-    """A dataclass tree as JSON values; a dataclass becomes its fields beside "class"."""
+    """A dataclass tree as JSON values; a dataclass becomes its fields beside "class".
+
+    Of an array no more than its outline and SHA-256 are written: it cannot be read back.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"class": f"{type(config).__module__}:{type(config).__qualname__}"} | fields
@@ -305,6 +309,10 @@ def to_json(config: Any) -> Any:
         return [to_json(v) for v in config]
     if config is None or isinstance(config, bool | int | float | str):
         return config
+    if isinstance(config, np.ndarray):
+        digest = hashlib.sha256(np.ascontiguousarray(config).data).hexdigest()
+        kind, shape = str(config.dtype), list(config.shape)
+        return {"array": {"dtype": kind, "shape": shape, "sha256": digest}}
     raise UserError(f"a config holds {config!r}, which JSON cannot")
 
 
@@ -330,6 +338,11 @@ def from_json(value: Any, allow: Sequence[str] = (), path: str = "", hint: Any =
             raise
         except (TypeError, ValueError) as error:
             raise UserError(f"{path.rstrip('.') or 'experiment'}: {error}") from None
+    if isinstance(value, dict) and value.keys() == {"array"}:
+        raise UserError(
+            f"{path.rstrip('.')} was an array in memory, which is not stored: train and evaluate "
+            "where it was made, or save it with numpy and read that file in a data set of your own"
+        )
     if isinstance(value, dict):
         return {k: from_json(v, allow, f"{path}{k}.") for k, v in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Measurements: python scripts/benchmark.py {ngram,loop,input,peaks,ledger,optimizers} [...]"""
+"""Measurements: benchmark.py {ngram,loop,input,peaks,ledger,optimizers,linear} [...]"""
 
 import sys
 

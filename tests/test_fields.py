@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 import research.data
 import research.models
@@ -42,9 +43,14 @@ from research import (
 )
 from research import tasks as task_module
 from research import train as training
+from research.data.arrays import Arrays
+from research.data.bad import Bad
 from research.data.bundled import PythonReference
+from research.data.cells import Cells
 from research.data.packed import Packed
 from research.data.splits import Examples, Lazy, Streams, Windows
+from research.data.table import Table
+from research.data.transform import Category, Number, Transform
 from research.experiment import EarlyStop, Experiment, Target
 from research.init_from import InitFrom, Name
 from research.models.cnn import CNNConfig
@@ -93,6 +99,22 @@ class Labelled:
         return {name: Examples(rows) for name in ("train", "validation")}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyWidth:
+    """A model for inputs of any width, as a table's columns change it."""
+
+    def make(self, rngs):
+        return Sums()
+
+
+class Sums(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.arange(3.0))
+
+    def __call__(self, x_BF, rngs=None):
+        return jnp.sum(x_BF, axis=-1, keepdims=True) * self.w[None]
+
+
 SMALLER: dict[type, dict[str, Any]] = {
     Experiment: {
         "steps": 4,
@@ -111,6 +133,8 @@ SMALLER: dict[type, dict[str, Any]] = {
 
 ENCODER = EncoderConfig(classes=3, vocab=7, context=8, layers=1, heads=2, width=8)
 GROUP = Group(match="layers/0", multiplier=0.5, update=Optax("sgd", {"learning_rate": 0.1}))
+POINTS = {name: dict(split.rows) for name, split in tiny.Points().load().items()}
+TABLE = Table(path="tests/table.csv", target="label")
 BASES: dict[str, tuple[Experiment, str]] = {
     "encoder": (tiny.mlp(model=ENCODER, data=Labelled()), "model"),
     "vit": (tiny.vit(model=dataclasses.replace(tiny.vit().model, layers=1)), "model"),
@@ -119,6 +143,8 @@ BASES: dict[str, tuple[Experiment, str]] = {
         tiny.mlp(init_from=InitFrom(path="absent", names=(Name(match="^", to=""),))),
         "init_from",
     ),
+    "arrays": (tiny.mlp(data=Arrays(**POINTS)), "data"),
+    "table": (tiny.mlp(data=TABLE, model=AnyWidth()), "data"),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
 """For fields that no config has: an experiment, and the part of it that is gone through."""
@@ -145,6 +171,28 @@ def like_the_inputs(shape: Callable[[Any], tuple[int, ...]]) -> Callable[[Experi
 # What the tables are keyed by is class.field, a subclass's own first. A function is called with the
 # experiment (MADE's too), and in BESIDE with the path of the field's owner.
 
+
+@functools.cache
+def written(name: str, text: str) -> str:
+    """A file of data."""
+    path = pathlib.Path(tempfile.mkdtemp(dir=os.environ["ERGON_CACHE"]), name)
+    path.write_text(text)
+    return str(path)
+
+
+def table(start: int = 0, stop: int | None = None) -> str:
+    """Rows of the table, as another file."""
+    header, *rows = pathlib.Path(TABLE.path).read_text().splitlines()
+    return written("table.csv", "\n".join([header, *rows[start:stop]]))
+
+
+TWICE = "label,a;label;z,b\n" + "".join(
+    f"{'uvw'[i % 3]},{i};{'xyz'[i % 3]};2,{i % 5}\n" for i in range(60)
+)
+"""A table, whether a comma stands between its cells or a semicolon."""
+ANY_TABLE = {"target": None, "task": Anything(), "model": AnyWidth()}
+
+
 MADE: dict[type, Callable[[Experiment], Any]] = {
     Target: lambda e: Target(metric="loss", value=1.0, split=e.eval_split),
     Group: lambda e: Group(match=".", multiplier=0.5),
@@ -163,6 +211,26 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     # Fewer than there are, and enough for a batch.
     "Digits.train": lambda e: [30],
     "InitFrom.fresh": lambda e: ["kernel"],
+    # Fewer rows.
+    **{
+        f"Arrays.{f.name}": lambda e: [{k: v[1:] for k, v in POINTS["train"].items()}]
+        for f in dataclasses.fields(Arrays)
+    },
+    # Files of rows, columns of theirs, and cells.
+    "Table.path": lambda e: [table(stop=40)],
+    "Table.test": lambda e: [table(start=40)],
+    "Table.target": lambda e: ["code"],
+    "Table.classes": lambda e: [("b", "a")],
+    "Table.ignore": lambda e: [("age",)],
+    "Table.categories": lambda e: [("code",)],
+    "Table.numbers": lambda e: [("mixed",)],
+    "Table.missing_values": lambda e: [("Bern",)],
+    "Table.indicators": lambda e: [("age",)],
+    "Table.separator": lambda e: [";"],
+    # Fewer than there are, or more.
+    "Table.min_count": lambda e: [9],
+    "Table.max_categories": lambda e: [1],
+    "Checked.max_bad": lambda e: [1],
     "InitFrom.names": lambda e: [(Name(match="^", to="other/"),)],
     "Name.axes": lambda e: ["a b -> b a"],
     # Of which the tests have a stand-in.
@@ -200,6 +268,13 @@ BESIDE: dict[str, Any] = {
     },
     # Rotary positions have no table, and the context is then no more than a limit.
     "TransformerConfig.context": {"model.positions": "learned"},
+    # Columns of any number; what may be classes and numbers; words among numbers, more of them than
+    # are borne; a file that is a table either way.
+    **{f"Table.{f.name}": ANY_TABLE for f in dataclasses.fields(Table)},
+    "Table.kind": {**ANY_TABLE, "data.target": "code"},
+    "Table.numbers": {**ANY_TABLE, "data.on_bad": "skip"},
+    "Table.max_bad": {**ANY_TABLE, "data.on_bad": "skip", "data.numbers": ("mixed",)},
+    "Table.separator": lambda e, at: ANY_TABLE | {"data.path": written("table.csv", TWICE)},
     # Something has to decay.
     "Optimizer.no_decay": {"optimizer.l2": 0.1},
     # Of schedules only these two take the same arguments.
@@ -238,8 +313,9 @@ TOGETHER: dict[str, tuple[str, Callable[[Experiment], dict[str, Any]]]] = {
 """What has to change along with a field, for data and model have to fit: given the changed
 experiment. What then counts is named too: something that only the field has a hand in."""
 
-REFUSES = {"Parallel.data"}
-"""Fields that choose nothing: they say what a run needs, and refuse a machine without it."""
+REFUSES = {"Parallel.data", "Table.max_categories", "Checked.max_bad"}
+"""Fields that choose nothing: they say what a run needs, and refuse a machine without it; or how
+much of the data may be odd."""
 
 
 def _image_of(e: Experiment) -> dict[str, Any]:
@@ -524,6 +600,8 @@ def findings(e: Experiment, part: str = "") -> list[str]:
 
 
 def smaller(e: Experiment) -> Experiment:
+    if isinstance(e.data, Table):  # whose file may not be here
+        e = put_all(e, {"data": TABLE, "model.features": 20})
     for at in ("", "model"):
         for cls, values in SMALLER.items():
             config = get(e, at)
@@ -561,7 +639,19 @@ def test_fields_that_no_config_has_are_read(name):
     assert not found, "\n".join(found)
 
 
-HELD = {Lazy, Examples, Windows, Streams, Packed, init_from.Loaded}
+HELD = {
+    Lazy,
+    Examples,
+    Windows,
+    Streams,
+    Packed,
+    init_from.Loaded,
+    Bad,
+    Cells,
+    Transform,
+    Number,
+    Category,
+}
 """Dataclasses that hold data, and are made in reading it: not configuration."""
 
 

@@ -201,3 +201,16 @@ def test_the_loop_is_measured_beside_the_bare_step():
 def test_ngram_prints_both_smoothings():
     out = ok("benchmark", "ngram", "--orders", "3").split()
     assert {"witten-bell", "kneser-ney"} <= set(out)
+
+
+def test_linear_prints_baselines_beside_runs(trained):
+    out = ok("benchmark", "linear", MLP[0], "--splits", "2", "--runs", trained[0])
+    head, *rows = out.splitlines()[2:]
+    assert "validation: mean" in head
+    assert "test: mean" in head
+    assert len(rows) == 4
+    assert rows[2].startswith("logistic regression ")
+    assert rows[3].startswith("the runs ")
+    refused = script("benchmark", "linear", "configs/gru_text.py")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: linear reads examples with inputs and targets alone\n"

@@ -9,15 +9,15 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from research import command, plot, run
-from research.bench import ledger, loop, metering, methods, ngram, optimizers, reading
+from research import UserError, command, plot, run
+from research.bench import ledger, linear, loop, metering, methods, ngram, optimizers, reading
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
 
 USAGE = (
     "python scripts/benchmark.py "
     "{ngram [RUN ...], loop CONFIG, input CONFIG [--torch True], peaks [--json FILE], ledger, "
-    "optimizers [--workdir DIR]}"
+    "optimizers [--workdir DIR], linear CONFIG [--splits N]}"
 )
 
 
@@ -99,6 +99,33 @@ LOADERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(command.Options):
+    splits: int = 1
+    """Divisions of the data, with data.split from 0 on; 1: the config's own."""
+    runs: tuple[Path, ...] = ()
+    """Finished runs, whose accuracies are printed beside."""
+
+
+def baselines(argv: list[str]) -> None:
+    options = command.parse(Linear, USAGE, argv)
+    if options.splits < 1:
+        command.fail(f"--splits must be 1 or more, not {options.splits}")
+    found: dict[str, list[dict[str, float]]] = {}
+    with command.one_line_errors():
+        summaries = [run.summary(path) for path in options.runs]
+        for one in linear.divided(options.experiment, options.splits):
+            for model, scores in linear.accuracies(one.data.load()).items():
+                found.setdefault(model, []).append(scores)
+        for path, summary in zip(options.runs, summaries, strict=True):
+            if not all("accuracy" in row for row in summary.metrics.values()):
+                command.fail(f"{path} has no accuracy: not a run that classifies")
+            scores = {name: row["accuracy"] for name, row in summary.metrics.items()}
+            found.setdefault("the runs", []).append(scores)
+    print(f"accuracy in %, {options.splits} division{'s' * (options.splits > 1)} of the data\n")
+    print(linear.table(found))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Peaks:
     json: Path | None = None
     """Also write the figures to this file."""
@@ -161,7 +188,12 @@ def the_ledger(argv: list[str]) -> None:
             print(f"\n{ledger.table(lines)}")
         if options.only != "counters":
             configs = [p for p in sorted(Path("configs").glob("*.py")) if p.stem != "__init__"]
-            costs = {p.stem: metering.cost(command.load(p)) for p in configs}
+            costs = {}
+            for path in configs:
+                try:
+                    costs[path.stem] = metering.cost(command.load(path))
+                except UserError as error:  # data that is not here
+                    print(f"{path.stem} is left out: {error}", file=sys.stderr)
             seconds = metering.per_step()
             found["costs"] = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
             found["metering_seconds_per_step"] = seconds
@@ -233,4 +265,5 @@ KINDS = {
     "peaks": the_peaks,
     "ledger": the_ledger,
     "optimizers": the_optimizers,
+    "linear": baselines,
 }
