@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -88,3 +90,50 @@ def beasts(root):
     )
     prepare.prepare(options)
     return root / "tfds"
+
+
+BUILDER = """
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(8, 8, 1))
+        label = tfds.features.ClassLabel(num_classes=3)
+        features = {"image": image, "other": image, "label": label, "kind": label}
+        features |= {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32)}
+        features |= {"y": tfds.features.Scalar(dtype=np.float32)}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(SEED), "test": self._generate_examples(1)}
+
+    def _generate_examples(self, seed):
+        rng = np.random.default_rng(seed)
+        for i in range(48):
+            row = {"label": i % 3, "kind": i // 2 % 3, "x": np.float32([i % 3, -1])}
+            row["y"] = float("nan" if i == 5 else i)
+            for name in ("image", "other"):
+                png = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (8, 8)).astype(np.uint8)).save(png, "png")
+                png.seek(0)
+                row[name] = png
+            yield i, row
+"""
+
+
+def unprepared(root, name, seed=0):
+    """Gives TFDS the code of a data set: two images and two labels, and x, whose first number is
+    the label; y is no number in row 5."""
+    package = root / f"code_{name}" / name
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / f"{name}_dataset_builder.py").write_text(BUILDER.replace("SEED", str(seed)))
+    sys.path.insert(0, str(package.parent))
+    importlib.import_module(f"{name}.{name}_dataset_builder")

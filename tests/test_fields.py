@@ -6,6 +6,7 @@ line here, unless it acts only beside another (`BESIDE`, `TOGETHER`), or no anno
 value that fits it (`VALUES`, `MADE`).
 """
 
+import atexit
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import itertools
 import os
 import pathlib
 import pkgutil
+import shutil
 import sys
 import tempfile
 import types
@@ -24,6 +26,7 @@ from typing import Annotated, Any, Literal
 import annotated_types
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 import tiny
@@ -43,6 +46,8 @@ from research import (
 )
 from research import tasks as task_module
 from research import train as training
+from research.augment import Augment
+from research.data import bundled, tfds
 from research.data.arrays import Arrays
 from research.data.bad import Bad
 from research.data.bundled import PythonReference
@@ -63,7 +68,12 @@ from research.optim import Group, Optax, Update
 from research.setup import Setup, prepare
 from research.tasks import Classify, Mean, Task
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+CONFIGS = [
+    path
+    for path in sorted((pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+    if type(command.load(path).data).__module__ == bundled.__name__
+]
+"""On data that is always there; the sources of the others are in `BASES`, on files made here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,12 @@ SMALLER: dict[type, dict[str, Any]] = {
 ENCODER = EncoderConfig(classes=3, vocab=7, context=8, layers=1, heads=2, width=8)
 GROUP = Group(match="layers/0", multiplier=0.5, update=Optax("sgd", {"learning_rate": 0.1}))
 POINTS = {name: dict(split.rows) for name, split in tiny.Points().load().items()}
+CHANGED = Classify(augment=Augment(crop=1, flip=True, operations=1, cutout=3))
+FOLDER = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+for seed, name in enumerate(("ergon_images", "ergon_others")):
+    made.unprepared(pathlib.Path(FOLDER), name, seed)
+IMAGES = tfds.TFDS(name="ergon_images", data_dir=FOLDER, inputs="image", targets="label")
 TABLE = Table(path="tests/table.csv", target="label")
 BASES: dict[str, tuple[Experiment, str]] = {
     "encoder": (tiny.mlp(model=ENCODER, data=Labelled()), "model"),
@@ -144,6 +160,8 @@ BASES: dict[str, tuple[Experiment, str]] = {
         "init_from",
     ),
     "arrays": (tiny.mlp(data=Arrays(**POINTS)), "data"),
+    "augment": (tiny.resnet(task=CHANGED), "task.augment"),
+    "tfds": (tiny.resnet(data=IMAGES, eval_split="test"), "data"),
     "table": (tiny.mlp(data=TABLE, model=AnyWidth()), "data"),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
@@ -196,11 +214,22 @@ ANY_TABLE = {"target": None, "task": Anything(), "model": AnyWidth()}
 MADE: dict[type, Callable[[Experiment], Any]] = {
     Target: lambda e: Target(metric="loss", value=1.0, split=e.eval_split),
     Group: lambda e: Group(match=".", multiplier=0.5),
+    Augment: lambda e: CHANGED.augment,
     Update: lambda e: Optax("sgd", {"learning_rate": 0.5}),
 }
 """One of each class that a field may hold instead of None, or add to a tuple."""
 
 VALUES: dict[str, Callable[[Experiment], Any]] = {
+    "TFDS.name": lambda e: ["ergon_others"],
+    "TFDS.data_dir": lambda e: ["nowhere"],
+    "TFDS.train": lambda e: ["train[:32]"],
+    "TFDS.validation": lambda e: ["train[:32]"],
+    "TFDS.test": lambda e: ["test[:32]"],
+    "TFDS.inputs": lambda e: ["other"],
+    "TFDS.targets": lambda e: ["kind"],
+    "TFDS.size": lambda e: [(4, 4)],
+    "TFDS.cache_gb": lambda e: [1e-9],
+    "TFDS.max_bad": lambda e: [0],
     # As many as there are classes.
     "_Classes.class_weights": lambda e: [(2.0,) + (1.0,) * (classes(e) - 1)],
     # Beyond what any run reaches, on either side.
@@ -242,9 +271,6 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
 BESIDE: dict[str, Any] = {
     # Focal loss and label smoothing exclude each other.
     "Classify.gamma": {"task.label_smoothing": 0.0},
-    # Tokens cannot be mixed; inputs of floating point with one target an example can.
-    "NextToken.mixup": {"data": tiny.Images(), "model": tiny.resnet().model},
-    "NextToken.cutmix": {"data": tiny.Images(), "model": tiny.resnet().model},
     # The target's metric has the unit in its name.
     "NextToken.unit": {"target": None},
     # Reading backward would give away the next token, and leaves nothing to carry.
@@ -268,6 +294,8 @@ BESIDE: dict[str, Any] = {
     },
     # Rotary positions have no table, and the context is then no more than a limit.
     "TransformerConfig.context": {"model.positions": "learned"},
+    # A target that is not finite in one row.
+    "TFDS.max_bad": {"data.on_bad": "skip", "data.targets": "y", "task": Anything()},
     # Columns of any number; what may be classes and numbers; words among numbers, more of them than
     # are borne; a file that is a table either way.
     **{f"Table.{f.name}": ANY_TABLE for f in dataclasses.fields(Table)},
@@ -313,7 +341,9 @@ TOGETHER: dict[str, tuple[str, Callable[[Experiment], dict[str, Any]]]] = {
 """What has to change along with a field, for data and model have to fit: given the changed
 experiment. What then counts is named too: something that only the field has a hand in."""
 
-REFUSES = {"Parallel.data", "Table.max_categories", "Checked.max_bad"}
+SPEED = {"Experiment.workers", "TFDS.threads"}
+"""Fields that change how fast data is made, and none of it: see test_tfds."""
+REFUSES = {"Parallel.data", "TFDS.data_dir", "Table.max_categories", "Checked.max_bad"}
 """Fields that choose nothing: they say what a run needs, and refuse a machine without it; or how
 much of the data may be odd."""
 
@@ -596,12 +626,11 @@ def finding(e: Experiment, path: str) -> str | None:
 
 def findings(e: Experiment, part: str = "") -> list[str]:
     paths = [path for path in fields(e) if path.startswith(part)]
+    paths = [path for path in paths if not SPEED & {*keys(e, path)}]
     return [found for path in paths if (found := finding(e, path))]
 
 
 def smaller(e: Experiment) -> Experiment:
-    if isinstance(e.data, Table):  # whose file may not be here
-        e = put_all(e, {"data": TABLE, "model.features": 20})
     for at in ("", "model"):
         for cls, values in SMALLER.items():
             config = get(e, at)
@@ -651,6 +680,8 @@ HELD = {
     Transform,
     Number,
     Category,
+    tfds.Features,
+    tfds.Decoded,
 }
 """Dataclasses that hold data, and are made in reading it: not configuration."""
 
@@ -659,6 +690,7 @@ def public_configs() -> Iterator[type]:
     modules = [optim, parallel, experiment, task_module, init_from]
     for package in (research.models, research.data):
         names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+        names = [name for name in names if name not in ("prepare", "raw")]  # those of a script
         modules += [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     for module in modules:
         for name, cls in vars(module).items():

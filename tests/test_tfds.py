@@ -1,7 +1,6 @@
 """TFDS data, in real directories that `prepare` makes."""
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from array_record.python import array_record_module as records
-from made import BEASTS, beasts
+from made import BEASTS, beasts, unprepared
 from PIL import Image
 
 from research import UserError
@@ -254,45 +253,20 @@ def test_texts_are_for_another_source(tmp_path):
         TFDS(name="poem", data_dir=str(tmp_path / "tfds"), inputs="text", targets="text").load()
 
 
-SQUARES = """
-import numpy as np
-import tensorflow_datasets as tfds
-
-
-class Builder(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = {
-            "x": tfds.features.Tensor(shape=(2,), dtype=np.float32),
-            "label": tfds.features.ClassLabel(num_classes=2),
-        }
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(0), "test": self._generate_examples(1)}
-
-    def _generate_examples(self, seed):
-        for i, x in enumerate(np.random.default_rng(seed).normal(size=(12, 2))):
-            yield i, {"x": x.astype(np.float32), "label": int(x[0] > x[1])}
-"""
-"""A data set that TFDS has code for, and that is not prepared yet."""
-
-
-def test_a_data_set_is_prepared_where_that_takes_no_tensorflow(tmp_path, monkeypatch):
-    package = tmp_path / "code" / "ergon_squares"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "ergon_squares_dataset_builder.py").write_text(SQUARES)
-    monkeypatch.syspath_prepend(tmp_path / "code")
-    importlib.import_module("ergon_squares.ergon_squares_dataset_builder")
-    data = TFDS(name="ergon_squares", data_dir=str(tmp_path)).load()
-    assert {name: len(split) for name, split in data.items()} == {"train": 12, "test": 12}
-    for split in data.values():
-        inputs, targets = rows_of(split)
-        assert inputs.dtype == np.float32
-        np.testing.assert_array_equal(targets, inputs[:, 0] > inputs[:, 1])
-    assert {p.name for p in (tmp_path / "ergon_squares" / "1.0.0").iterdir()} > {"features.json"}
+def test_a_data_set_is_prepared_where_that_takes_no_tensorflow(tmp_path):
+    unprepared(tmp_path, "ergon_squares")
+    asked = TFDS(name="ergon_squares", data_dir=str(tmp_path), inputs="x", targets="label")
+    for _ in range(2):  # and is there the next time
+        data = asked.load()
+        assert {name: len(split) for name, split in data.items()} == {"train": 48, "test": 48}
+        for split in data.values():
+            inputs, targets = rows_of(split)
+            assert inputs.dtype == np.float32
+            np.testing.assert_array_equal(targets, inputs[:, 0])
+    with pytest.raises(UserError, match=r"data.inputs: 2 images among .*: name one"):
+        dataclasses.replace(asked, inputs=None).load()
+    with pytest.raises(UserError, match=r"data.targets: 2 labels among .*: name one"):
+        dataclasses.replace(asked, targets=None).load()
 
 
 def test_a_run_on_decoded_rows_resumes_bit_for_bit_with_other_workers(folder, tmp_path):
