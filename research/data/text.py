@@ -1,7 +1,9 @@
 """Text from files: to predict, token by token, and to classify."""
 
+import csv
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import pathlib
@@ -14,8 +16,19 @@ from annotated_types import Ge, Interval
 from research import UserError
 from research.data import files
 from research.data.bad import Bad, Checked
-from research.data.splits import Splits, Streams, Windows
-from research.data.tokens import BPE, Bytes, Characters, Kind, Tokenizer, Words, dumps, lines
+from research.data.splits import Examples, Splits, Streams, Windows
+from research.data.tokens import (
+    BPE,
+    PADDING,
+    UNKNOWN,
+    Bytes,
+    Characters,
+    Kind,
+    Tokenizer,
+    Words,
+    dumps,
+    lines,
+)
 
 ROWS: dict[str, Any] = {"windows": Windows, "streams": Streams}
 """How rows of a batch are cut from tokens, by the name that `Text.rows` has for it."""
@@ -114,6 +127,161 @@ class Text(Checked):
                 return Words.of(training, vocab=self.vocab)
             case "bpe":
                 return BPE.of(training, self.vocab or 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledText(Checked):
+    """Classification of texts from files with a header: .tsv (cells as they are) or .csv (quoted).
+
+    inputs: [batch, length] int32, words padded with 0; lengths, targets: [batch] int32. The
+    vocabulary comes from the training rows: <pad>, <unk>, then words. A bad row has another number
+    of cells than the header, text that is empty or not UTF-8, or a label that is no integer from 0
+    or that no training row has.
+    """
+
+    train: str
+    """The training file, below $ERGON_DATA where it is not found as it is named."""
+    validation: str | None = None
+    test: str | None = None
+    validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
+    """Of each class's training rows; where there is no validation file."""
+    split: Annotated[int, Ge(0)] = 0
+    """Seed of that division."""
+    text: str = "text"
+    """The column of texts."""
+    label: str = "label"
+    """The column of labels."""
+    length: Annotated[int, Ge(1)]
+    """Words of a row; what a longer text has beyond them is cut."""
+    lower: bool = False
+    """Capitals are small letters."""
+    vocab: Annotated[int, Ge(3)] | None = None
+    """Words at most, with <pad> and <unk>: the most frequent; None: all."""
+    min_count: Annotated[int, Ge(1)] = 1
+    """Times that training rows must have a word."""
+
+    def load(self) -> Splits:
+        bad = self.bad()
+        rows = self.rows(bad)
+        good = [text for text, label in rows["train"] if label is not None]
+        words = Words.of(good, (PADDING, UNKNOWN), self.vocab, self.min_count, self.lower)
+        parts = {name: self._encoded(given, words) for name, given in rows.items()}
+        return Splits(parts, {"tokenizer.json": dumps(words)}, bad.notes())
+
+    def rows(self, bad: Bad) -> dict[str, list[tuple[str, int | None]]]:
+        """Texts and labels by split, as they are in the files; a bad row has no label."""
+        given = {"train": self.train, "validation": self.validation, "test": self.test}
+        paths = {name: files.find(path) for name, path in given.items() if path is not None}
+        tables = {name: _Table(path) for name, path in paths.items()}
+        for table in tables.values():
+            table.check(tables["train"], (self.label, self.text))
+        found = {
+            name: [self._row(table, where, cells, bad) for where, cells in table.rows]
+            for name, table in tables.items()
+        }
+        classes = {label for _, label in found["train"]} - {None}
+        for name, table in tables.items():
+            if all(label is None for _, label in found[name]):
+                raise UserError(f"{table.path}: {name} has no row that can be read")
+            for i, (text, label) in enumerate(found[name]):
+                if label not in {*classes, None}:
+                    bad(table.rows[i][0], f"no training row has the label {label}")
+                    found[name][i] = text, None
+        if "validation" not in found:
+            found |= self._divided(found["train"])
+            if not found["validation"]:
+                raise UserError(
+                    f"{paths['train']}: validation_share = {self.validation_share} of each class "
+                    "is no row"
+                )
+        return found
+
+    def _row(
+        self, table: "_Table", where: str, cells: list[str], bad: Bad
+    ) -> tuple[str, int | None]:
+        if len(cells) != len(table.header):
+            bad(where, f"{len(cells)} cells, and the header has {len(table.header)}")
+            return "", None
+        label, text = (cells[table.header.index(name)] for name in (self.label, self.text))
+        if any(map(_INVALID.search, cells)):
+            bad(where, "not UTF-8")
+        elif not text.split():
+            bad(where, "the text is empty")
+        elif not re.fullmatch("[0-9]{1,9}", label.strip()):
+            bad(where, f"a label is an integer from 0, not {label!r}")
+        else:
+            return text, int(label)
+        return text, None
+
+    def _divided(
+        self, rows: list[tuple[str, int | None]]
+    ) -> dict[str, list[tuple[str, int | None]]]:
+        """train and validation, a share of each class; both in the file's order."""
+        rng = np.random.default_rng(self.split)
+        places: dict[int | None, list[int]] = {}
+        for i, (_, label) in enumerate(rows):
+            places.setdefault(label, []).append(i)
+        held = {
+            int(i)
+            for of_class in places.values()
+            for i in rng.permutation(of_class)[: int(len(of_class) * self.validation_share)]
+        }
+        return {
+            "train": [row for i, row in enumerate(rows) if i not in held],
+            "validation": [row for i, row in enumerate(rows) if i in held],
+        }
+
+    def _encoded(self, rows: list[tuple[str, int | None]], words: Words) -> Examples:
+        inputs = np.zeros((len(rows), self.length), np.int32)
+        lengths, targets = np.zeros((2, len(rows)), np.int32)
+        for i, (text, label) in enumerate(rows):
+            if label is not None:
+                ids = words.encode(text)[: self.length]
+                inputs[i, : len(ids)], lengths[i], targets[i] = ids, len(ids), label
+        found = {"inputs": inputs, "lengths": lengths, "targets": targets}
+        if self.on_bad == "skip":
+            found["bad"] = np.array([label is None for _, label in rows])
+        return Examples(found)
+
+
+class _Table:
+    """A file of cells: its header, and its rows with their places."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        if path.suffix not in (".tsv", ".csv"):
+            raise UserError(f"{path} must be a .tsv or a .csv")
+        text = _read(path).removeprefix("\ufeff")
+        lines = io.StringIO(text, newline="")
+        tabs: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        reader = csv.reader(lines, strict=True, **tabs)
+        self.header: list[str] = []
+        self.rows: list[tuple[str, list[str]]] = []
+        first = 1
+        try:
+            for cells in reader:
+                if self.header:
+                    self.rows.append((f"{path}, line {first}", cells))
+                else:
+                    self.header = cells
+                first = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}, line {first}: {error}") from None
+        if not self.rows:
+            raise UserError(f"{path} has no rows")
+
+    def check(self, other: "_Table", columns: tuple[str, ...]) -> None:
+        """Raises UserError where a column is not there, or not the same as in the other file."""
+        for column in columns:
+            if column not in self.header:
+                raise UserError(
+                    f"{self.path} has no column {column!r}; it has {', '.join(self.header)}"
+                )
+        if self.header != other.header:
+            raise UserError(
+                f"{self.path} has the columns {', '.join(self.header)}, and {other.path} "
+                f"{', '.join(other.header)}"
+            )
 
 
 class _Part:
