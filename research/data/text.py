@@ -102,6 +102,8 @@ class Text(Checked):
         if self.tokens != "bytes":
             for part in parts.values():
                 part.check(bad)
+        if not parts["train"].good():
+            raise UserError(f"{parts['train'].path} has no line to train on")
         tokenizer = self._tokenizer(parts["train"].good())
         for name, part in parts.items():
             if isinstance(tokenizer, Characters):
@@ -181,12 +183,12 @@ class LabelledText(Checked):
         }
         classes = {label for _, label in found["train"]} - {None}
         for name, table in tables.items():
-            if all(label is None for _, label in found[name]):
-                raise UserError(f"{table.path}: {name} has no row that can be read")
             for i, (text, label) in enumerate(found[name]):
                 if label not in {*classes, None}:
                     bad(table.rows[i][0], f"no training row has the label {label}")
                     found[name][i] = text, None
+            if all(label is None for _, label in found[name]):
+                raise UserError(f"{table.path}: {name} has no row that can be read")
         if "validation" not in found:
             found |= self._divided(found["train"])
             if not found["validation"]:
