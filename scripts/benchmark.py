@@ -1,4 +1,4 @@
-"""Measurements: python scripts/benchmark.py {ngram,loop,peaks,ledger,optimizers} [...]"""
+"""Measurements: python scripts/benchmark.py {ngram,bayes,loop,peaks,ledger,optimizers} [...]"""
 
 import sys
 

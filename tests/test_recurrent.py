@@ -361,7 +361,7 @@ def test_a_bidirectional_model_takes_no_carry():
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        (True, "a bidirectional model cannot: set data.stream or model.bidirectional to False"),
+        (True, "cannot: set data.stream to False, or model.bidirectional to False"),
         (False, "a bidirectional model reads the tokens that NextToken asks it to predict"),
     ],
 )
