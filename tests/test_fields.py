@@ -6,6 +6,7 @@ line here, unless it acts only beside another (`BESIDE`, `TOGETHER`), or no anno
 value that fits it (`VALUES`, `MADE`).
 """
 
+import atexit
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import itertools
 import os
 import pathlib
 import pkgutil
+import shutil
 import sys
 import tempfile
 import types
@@ -42,8 +44,11 @@ from research import (
 )
 from research import tasks as task_module
 from research import train as training
+from research.data import tokens as tokenizers
+from research.data.bad import Bad
 from research.data.bundled import PythonReference
 from research.data.splits import Examples, Lazy, Streams, Windows
+from research.data.text import LabelledText, Text
 from research.experiment import EarlyStop, Experiment, Target
 from research.init_from import InitFrom, Name
 from research.models.cnn import CNNConfig
@@ -92,6 +97,24 @@ class Labelled:
         return {name: Examples(rows) for name in ("train", "validation")}
 
 
+def _files() -> str:
+    """A folder of small texts, of which `bad` has a row that cannot be read and others that can."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rng = np.random.default_rng(0)
+    for name in ("train", "other", "bad"):
+        lines = [" ".join(rng.choice(["to", "be", "or", "Not", "not"], 5)) for _ in range(150)]
+        bad = b"to \xff be\n" if name == "bad" else b""
+        new = "or bé\n" if name == "bad" else ""
+        (folder / f"{name}.txt").write_bytes(bad + "\n".join([*lines, new]).encode())
+        cells = (f"{i % 2}\t{i // 2 % 2}\t{line}\t{line[::-1]}" for i, line in enumerate(lines))
+        rows = "\n".join(("label\tkind\ttext\ttitle", *cells, ""))
+        (folder / f"{name}.tsv").write_bytes(rows.encode() + bad)
+    return str(folder)
+
+
+FILES = _files()
+
 SMALLER: dict[type, dict[str, Any]] = {
     Experiment: {
         "steps": 4,
@@ -104,7 +127,12 @@ SMALLER: dict[type, dict[str, Any]] = {
     CNNConfig: {"channels": (4, 8), "dense": 8},
     RecurrentConfig: {"width": 8, "features": 4, "layers": 1},
     ResNetConfig: {"layers": (1,), "width": 4},
+    EncoderConfig: {"layers": 1, "heads": 2, "width": 8, "feed_forward": 16},
     TransformerConfig: {"layers": 1, "heads": 2, "width": 8, "feed_forward": 16},
+    **{
+        cls: dict.fromkeys(("train", "validation", "test"), f"{FILES}/train.{end}")
+        for cls, end in ((Text, "txt"), (LabelledText, "tsv"))
+    },
 }
 """What makes a config quick, by class. A field whose value is None keeps it."""
 
@@ -117,6 +145,20 @@ BASES: dict[str, tuple[Experiment, str]] = {
     "names": (
         tiny.mlp(init_from=InitFrom(path="absent", names=(Name(match="^", to=""),))),
         "init_from",
+    ),
+    "text": (
+        tiny.lstm(
+            model=RecurrentConfig(cell="rnn", vocab=300, outputs=300, width=8),
+            data=Text(train=f"{FILES}/train.txt", tokens="words", length=4),
+        ),
+        "data",
+    ),
+    "labelled text": (
+        tiny.mlp(
+            model=dataclasses.replace(ENCODER, vocab=99),
+            data=LabelledText(train=f"{FILES}/train.tsv", length=4),
+        ),
+        "data",
     ),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
@@ -167,6 +209,18 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     # Of which the tests have a stand-in.
     "Experiment.tracker": lambda e: ["trackio"],
     "Optax.name": lambda e: NAMES,
+    **{
+        f"{cls}.{name}": lambda e, end=end: [f"{FILES}/other.{end}"]
+        for cls, end in (("Text", "txt"), ("LabelledText", "tsv"))
+        for name in ("train", "validation", "test")
+    },
+    "Text.vocab": lambda e: [4],
+    "LabelledText.vocab": lambda e: [4],
+    "LabelledText.min_count": lambda e: [150],
+    "LabelledText.text": lambda e: ["title"],
+    "LabelledText.label": lambda e: ["kind"],
+    # Fewer than there are.
+    "Checked.max_bad": lambda e: [0],
 }
 """Other values, where those that the annotation gives do not fit."""
 
@@ -176,18 +230,36 @@ BESIDE: dict[str, Any] = {
     # Tokens cannot be mixed; inputs of floating point with one target an example can.
     "NextToken.mixup": {"data": tiny.Images(), "model": tiny.resnet().model},
     "NextToken.cutmix": {"data": tiny.Images(), "model": tiny.resnet().model},
+    **dict.fromkeys(
+        ["Classify.mixup", "Classify.cutmix"],
+        lambda e, at: (
+            {"target": None, "data": tiny.Images(), "model": tiny.resnet().model}
+            if isinstance(e.data, LabelledText)
+            else {}
+        ),
+    ),
     # The target's metric has the unit in its name.
     "NextToken.unit": {"target": None},
     # Reading backward would give away the next token, and leaves nothing to carry.
-    "RecurrentConfig.bidirectional": {
+    "RecurrentConfig.bidirectional": lambda e, at: {
         "target": None,
         "task": Classify(),
-        "data.stream": False,
+        **{
+            f"data.{name}": alone
+            for name, alone in (("stream", False), ("rows", "windows"))
+            if name in fields(e.data)
+        },
     },
     # No other task takes both an output a step and one a sequence.
-    "RecurrentConfig.head": {"target": None, "task": Anything()},
+    "RecurrentConfig.head": {
+        "target": None,
+        "early_stop": EarlyStop(),
+        "task": Anything(),
+        "model.attention": "none",
+    },
     "RecurrentConfig.attention": {
         "target": None,
+        "early_stop": EarlyStop(),
         "task": Anything(),
         "model.head": "sequence",
     },
@@ -197,6 +269,22 @@ BESIDE: dict[str, Any] = {
     "PythonReference.stream": {
         "model": RecurrentConfig(cell="rnn", vocab=999, outputs=999, width=8)
     },
+    "Text.rows": {"model": RecurrentConfig(cell="rnn", vocab=999, outputs=999, width=8)},
+    # Where there is no file of their own.
+    "Text.validation_share": {"data.validation": None},
+    "LabelledText.validation_share": {"data.validation": None},
+    "LabelledText.split": {"data.validation": None},
+    # As many tokens as there are bytes; each kind has its own options.
+    "Text.tokens": {"data.vocab": None, "data.tokens": "bytes", "model.vocab": 300},
+    "Text.vocab": {"data.tokens": "words", "data.vocab": 5},
+    "Text.unknown": {
+        "data.vocab": None,
+        "data.tokens": "characters",
+        "data.on_bad": "skip",
+        "data.validation": f"{FILES}/bad.txt",
+    },
+    "Text.max_bad": {"data.on_bad": "skip", "data.validation": f"{FILES}/bad.txt"},
+    "LabelledText.max_bad": {"data.on_bad": "skip", "data.validation": f"{FILES}/bad.tsv"},
     # Rotary positions have no table, and the context is then no more than a limit.
     "TransformerConfig.context": {"model.positions": "learned"},
     # Something has to decay.
@@ -237,8 +325,9 @@ TOGETHER: dict[str, tuple[str, Callable[[Experiment], dict[str, Any]]]] = {
 """What has to change along with a field, for data and model have to fit: given the changed
 experiment. What then counts is named too: something that only the field has a hand in."""
 
-REFUSES = {"Parallel.data"}
-"""Fields that choose nothing: they say what a run needs, and refuse a machine without it."""
+REFUSES = {"Parallel.data", "Checked.max_bad"}
+"""Fields that choose nothing: they say what a run needs, and refuse a machine or data without
+it."""
 
 
 def _image_of(e: Experiment) -> dict[str, Any]:
@@ -523,7 +612,7 @@ def findings(e: Experiment, part: str = "") -> list[str]:
 
 
 def smaller(e: Experiment) -> Experiment:
-    for at in ("", "model"):
+    for at in ("", "model", "data"):
         for cls, values in SMALLER.items():
             config = get(e, at)
             if isinstance(config, cls):
@@ -560,7 +649,15 @@ def test_fields_that_no_config_has_are_read(name):
     assert not found, "\n".join(found)
 
 
-HELD = {Lazy, Examples, Windows, Streams, init_from.Loaded}
+HELD = {
+    Lazy,
+    Examples,
+    Windows,
+    Streams,
+    init_from.Loaded,
+    *tokenizers.KINDS.values(),
+    Bad,
+}
 """Dataclasses that hold data, and are made in reading it: not configuration."""
 
 
