@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Where it is absent, tests of what needs it skip.
+os.environ.setdefault("ERGON_DATA", str(pathlib.Path(__file__).parents[2] / "shared" / "data"))
 
 import jax
 import pytest

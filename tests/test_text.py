@@ -5,11 +5,17 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from research import UserError
 from research.data import files, tokens
 from research.data.splits import Examples, Streams, Windows, fingerprint
 from research.data.text import LabelledText, Text
+from research.models.encoder import EncoderConfig
+from research.models.transformer import TransformerConfig
+from research.setup import prepare
+from research.tasks import NextToken
+from research.train import train
 
 TRAIN = "to be or\nnot to be\nthat is\nthe question\n" * 3
 VALIDATION = "to be that is\nthe question not\n"
@@ -416,27 +422,32 @@ def test_a_share_that_is_no_row_and_a_file_of_no_table(folder):
         labelled(train="train.txt", validation=None).load()
 
 
+LAYERS = {"layers": 1, "heads": 2, "width": 8, "context": 4}
+
+
+def test_streams_and_a_vocabulary_that_do_not_fit_the_model(folder):
+    write(folder, train_txt=TRAIN)
+    for vocab, fields, message in (
+        (20, {"rows": "streams"}, "it has no initial_carry.: set data.rows to windows"),
+        (9, {}, "train: tokens run to 13, and model.vocab is 9"),
+    ):
+        model = TransformerConfig(vocab=vocab, **LAYERS)
+        with pytest.raises(UserError, match=message):
+            prepare(tiny.transformer(model=model, data=text(**fields)), tiny.ONE)
+
+
 def test_a_run_keeps_its_tokenizer_and_says_what_it_skipped(folder):
     """Both kinds, whole: the files beside the config, the share of bad rows, the log's line."""
-    import tiny
-
-    from research.models.encoder import EncoderConfig
-    from research.models.transformer import TransformerConfig
-    from research.setup import prepare
-    from research.tasks import NextToken
-    from research.train import train
-
     write(folder, train_txt=TRAIN, valid_txt=INVALID)
     write(folder, train_tsv=table(ROWS), valid_tsv=table([*ROWS[:3], ("x", "a")]))
-    layers = {"layers": 1, "heads": 2, "width": 8, "context": 4}
     runs = {
         "text": tiny.transformer(
-            model=TransformerConfig(vocab=20, **layers),
+            model=TransformerConfig(vocab=20, **LAYERS),
             task=NextToken(unit="character"),
             data=text(validation="valid.txt", on_bad="skip"),
         ),
         "labelled": tiny.mlp(
-            model=EncoderConfig(vocab=6, classes=2, **layers),
+            model=EncoderConfig(vocab=6, classes=2, **LAYERS),
             data=labelled(on_bad="skip"),
         ),
     }
