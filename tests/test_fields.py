@@ -227,9 +227,15 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
 BESIDE: dict[str, Any] = {
     # Focal loss and label smoothing exclude each other.
     "Classify.gamma": {"task.label_smoothing": 0.0},
+    # Of two classes both are among the first two.
+    "Classify.top": lambda e, at: {
+        f"model.{name}": max(classes(e), 3)
+        for name in ("classes", "outputs")
+        if isinstance(e.data, LabelledText) and hasattr(e.model, name)
+    },
     # Tokens cannot be mixed; inputs of floating point with one target an example can.
-    "NextToken.mixup": {"data": tiny.Images(), "model": tiny.resnet().model},
-    "NextToken.cutmix": {"data": tiny.Images(), "model": tiny.resnet().model},
+    "NextToken.mixup": {"target": None, "data": tiny.Images(), "model": tiny.resnet().model},
+    "NextToken.cutmix": {"target": None, "data": tiny.Images(), "model": tiny.resnet().model},
     **dict.fromkeys(
         ["Classify.mixup", "Classify.cutmix"],
         lambda e, at: (
