@@ -2,7 +2,8 @@
 
     ERGON_DATA=../shared/data python scripts/train.py configs/lstm_sst2.py --workdir runs/lstm_sst2
 
-Test: accuracy 0.0 (mean of seeds 0 to 2); target 0.78. Naive Bayes on words and pairs: 0.821.
+Test: accuracy 0.821 (mean of seeds 0 to 2: 0.824, 0.819, 0.819); target 0.78; naive Bayes on words
+and pairs 0.821. Everything was chosen on validation. Under a minute on 2 busy CPU cores.
 """
 
 from research.data.text import LabelledText

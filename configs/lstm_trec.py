@@ -2,7 +2,8 @@
 
     ERGON_DATA=../shared/data python scripts/train.py configs/lstm_trec.py --workdir runs/lstm_trec
 
-Test: accuracy 0.0 (mean of seeds 0 to 2); target 0.85.
+Test: accuracy 0.890 (mean of seeds 0 to 2: 0.888, 0.896, 0.886); target 0.85; naive Bayes on words
+and pairs 0.818. Everything was chosen on validation. At most 1.5 min on 2 busy CPU cores.
 """
 
 from research.data.text import LabelledText

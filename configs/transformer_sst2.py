@@ -3,7 +3,8 @@ r"""A Transformer encoder of one layer on SST-2's sentences of film reviews, fro
     ERGON_DATA=../shared/data python scripts/train.py configs/transformer_sst2.py \
         --workdir runs/transformer_sst2
 
-Test: accuracy 0.0 (mean of seeds 0 to 2); target 0.76. Naive Bayes on words and pairs: 0.821.
+Test: accuracy 0.809 (mean of seeds 0 to 2: 0.803, 0.816, 0.808); target 0.76; naive Bayes on words
+and pairs 0.821. Everything was chosen on validation. Under a minute on 2 busy CPU cores.
 """
 
 from research.data.text import LabelledText

@@ -196,7 +196,7 @@ class LabelledText(Checked):
                     f"{paths['train']}: validation_share = {self.validation_share} of each class "
                     "is no row"
                 )
-        return found
+        return {name: found[name] for name in ("train", "validation", "test") if name in found}
 
     def _row(
         self, table: "_Table", where: str, cells: list[str], bad: Bad
