@@ -79,7 +79,7 @@ class Text(Checked):
     def load(self) -> Splits:
         given = {"train": self.train, "validation": self.validation, "test": self.test}
         paths = {name: files.find(path) for name, path in given.items() if path is not None}
-        share = None if self.validation else self.validation_share
+        share = self.validation_share if self.validation is None else None
         options = [share, self.tokens, self.vocab, self.unknown, self.on_bad, self.max_bad]
         key = ["text", list(paths), files.stamp(*paths.values()), options]
         folder = files.cached(key, functools.partial(self._make, paths))
@@ -254,9 +254,8 @@ class _Table:
         if path.suffix not in (".tsv", ".csv"):
             raise UserError(f"{path} must be a .tsv or a .csv")
         text = _read(path).removeprefix("\ufeff")
-        lines = io.StringIO(text, newline="")
         tabs: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        reader = csv.reader(lines, strict=True, **tabs)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, **tabs)
         self.header: list[str] = []
         self.rows: list[tuple[str, list[str]]] = []
         first = 1
