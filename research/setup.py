@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
 from research.evaluate import Report
-from research.experiment import AVERAGED, Experiment, did_you_mean, value
+from research.experiment import AVERAGED, Experiment, Source, did_you_mean, value
 from research.init_from import Loaded, flat, load
 from research.modules import compute_in, merged, variables
 from research.tasks import NextToken
@@ -175,7 +175,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     if carries and not hasattr(model, "initial_carry"):
         raise UserError(
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
-            "no state between batches (it has no initial_carry): set data.stream to False"
+            f"no state between batches (it has no initial_carry): set {_alone(experiment.data)}"
         )
     if "segments" in batch and "segments" not in inspect.signature(model.__call__).parameters:
         raise UserError(
@@ -245,13 +245,18 @@ def _check_direction(experiment: Experiment, carries: bool) -> None:
     if carries:
         raise UserError(
             "data gives rows that continue from batch to batch, which a bidirectional model "
-            "cannot: set data.stream or model.bidirectional to False"
+            f"cannot: set {_alone(experiment.data)}, or model.bidirectional to False"
         )
     if isinstance(experiment.task, NextToken):
         raise UserError(
             "a bidirectional model reads the tokens that NextToken asks it to predict: "
             "set model.bidirectional to False"
         )
+
+
+def _alone(data: Source) -> str:
+    """The setting by which rows do not continue from batch to batch."""
+    return "data.rows to windows" if hasattr(data, "rows") else "data.stream to False"
 
 
 def _check_vocabulary(experiment: Experiment, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""Measurements: benchmark.py {ngram,loop,input,peaks,ledger,optimizers,linear} [...]"""
+"""Measurements: benchmark.py {ngram,bayes,linear,loop,input,peaks,ledger,optimizers} [...]"""
 
 import sys
 

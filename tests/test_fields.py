@@ -48,6 +48,7 @@ from research import tasks as task_module
 from research import train as training
 from research.augment import Augment
 from research.data import bundled, tfds
+from research.data import tokens as tokenizers
 from research.data.arrays import Arrays
 from research.data.bad import Bad
 from research.data.bundled import PythonReference
@@ -55,6 +56,7 @@ from research.data.cells import Cells
 from research.data.packed import Packed
 from research.data.splits import Examples, Lazy, Streams, Windows
 from research.data.table import Table
+from research.data.text import LabelledText, Text
 from research.data.transform import Category, Number, Transform
 from research.experiment import EarlyStop, Experiment, Target
 from research.init_from import InitFrom, Name
@@ -125,6 +127,24 @@ class Sums(nnx.Module):
         return jnp.sum(x_BF, axis=-1, keepdims=True) * self.w[None]
 
 
+def _files() -> str:
+    """A folder of small texts, of which `bad` has a row that cannot be read and others that can."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rng = np.random.default_rng(0)
+    for name in ("train", "other", "bad"):
+        lines = [" ".join(rng.choice(["to", "be", "or", "Not", "not"], 5)) for _ in range(150)]
+        bad = b"to \xff be\n" if name == "bad" else b""
+        new = "or bé\n" if name == "bad" else ""
+        (folder / f"{name}.txt").write_bytes(bad + "\n".join([*lines, new]).encode())
+        cells = (f"{i % 2}\t{i // 2 % 2}\t{line}\t{line[::-1]}" for i, line in enumerate(lines))
+        rows = "\n".join(("label\tkind\ttext\ttitle", *cells, ""))
+        (folder / f"{name}.tsv").write_bytes(rows.encode() + bad)
+    return str(folder)
+
+
+FILES = _files()
+
 SMALLER: dict[type, dict[str, Any]] = {
     Experiment: {
         "steps": 4,
@@ -137,6 +157,7 @@ SMALLER: dict[type, dict[str, Any]] = {
     CNNConfig: {"channels": (4, 8), "dense": 8},
     RecurrentConfig: {"width": 8, "features": 4, "layers": 1},
     ResNetConfig: {"layers": (1,), "width": 4},
+    EncoderConfig: {"layers": 1, "heads": 2, "width": 8, "feed_forward": 16},
     TransformerConfig: {"layers": 1, "heads": 2, "width": 8, "feed_forward": 16},
 }
 """What makes a config quick, by class. A field whose value is None keeps it."""
@@ -163,6 +184,20 @@ BASES: dict[str, tuple[Experiment, str]] = {
     "augment": (tiny.resnet(task=CHANGED), "task.augment"),
     "tfds": (tiny.resnet(data=IMAGES, eval_split="test"), "data"),
     "table": (tiny.mlp(data=TABLE, model=AnyWidth()), "data"),
+    "text": (
+        tiny.lstm(
+            model=RecurrentConfig(cell="rnn", vocab=300, outputs=300, width=8),
+            data=Text(train=f"{FILES}/train.txt", tokens="words", length=4),
+        ),
+        "data",
+    ),
+    "labelled text": (
+        tiny.mlp(
+            model=dataclasses.replace(ENCODER, vocab=99),
+            data=LabelledText(train=f"{FILES}/train.tsv", length=4),
+        ),
+        "data",
+    ),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
 """For fields that no config has: an experiment, and the part of it that is gone through."""
@@ -229,7 +264,6 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     "TFDS.targets": lambda e: ["kind"],
     "TFDS.size": lambda e: [(4, 4)],
     "TFDS.cache_gb": lambda e: [1e-9],
-    "TFDS.max_bad": lambda e: [0],
     # As many as there are classes.
     "_Classes.class_weights": lambda e: [(2.0,) + (1.0,) * (classes(e) - 1)],
     # Beyond what any run reaches, on either side.
@@ -259,12 +293,23 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     # Fewer than there are, or more.
     "Table.min_count": lambda e: [9],
     "Table.max_categories": lambda e: [1],
-    "Checked.max_bad": lambda e: [1],
     "InitFrom.names": lambda e: [(Name(match="^", to="other/"),)],
     "Name.axes": lambda e: ["a b -> b a"],
     # Of which the tests have a stand-in.
     "Experiment.tracker": lambda e: ["trackio"],
     "Optax.name": lambda e: NAMES,
+    **{
+        f"{cls}.{name}": lambda e, end=end: [f"{FILES}/other.{end}"]
+        for cls, end in (("Text", "txt"), ("LabelledText", "tsv"))
+        for name in ("train", "validation", "test")
+    },
+    "Text.vocab": lambda e: [4],
+    "LabelledText.vocab": lambda e: [4],
+    "LabelledText.min_count": lambda e: [150],
+    "LabelledText.text": lambda e: ["title"],
+    "LabelledText.label": lambda e: ["kind"],
+    # Fewer than there are.
+    "Checked.max_bad": lambda e: [0],
 }
 """Other values, where those that the annotation gives do not fit."""
 
@@ -274,15 +319,25 @@ BESIDE: dict[str, Any] = {
     # The target's metric has the unit in its name.
     "NextToken.unit": {"target": None},
     # Reading backward would give away the next token, and leaves nothing to carry.
-    "RecurrentConfig.bidirectional": {
+    "RecurrentConfig.bidirectional": lambda e, at: {
         "target": None,
         "task": Classify(),
-        "data.stream": False,
+        **{
+            f"data.{name}": alone
+            for name, alone in (("stream", False), ("rows", "windows"))
+            if name in fields(e.data)
+        },
     },
     # No other task takes both an output a step and one a sequence.
-    "RecurrentConfig.head": {"target": None, "task": Anything()},
+    "RecurrentConfig.head": {
+        "target": None,
+        "early_stop": EarlyStop(),
+        "task": Anything(),
+        "model.attention": "none",
+    },
     "RecurrentConfig.attention": {
         "target": None,
+        "early_stop": EarlyStop(),
         "task": Anything(),
         "model.head": "sequence",
     },
@@ -292,6 +347,22 @@ BESIDE: dict[str, Any] = {
     "PythonReference.stream": {
         "model": RecurrentConfig(cell="rnn", vocab=999, outputs=999, width=8)
     },
+    "Text.rows": {"model": RecurrentConfig(cell="rnn", vocab=999, outputs=999, width=8)},
+    # Where there is no file of their own.
+    "Text.validation_share": {"data.validation": None},
+    "LabelledText.validation_share": {"data.validation": None},
+    "LabelledText.split": {"data.validation": None},
+    # As many tokens as there are bytes; each kind has its own options.
+    "Text.tokens": {"data.vocab": None, "data.tokens": "bytes", "model.vocab": 300},
+    "Text.vocab": {"data.tokens": "words", "data.vocab": 5},
+    "Text.unknown": {
+        "data.vocab": None,
+        "data.tokens": "characters",
+        "data.on_bad": "skip",
+        "data.validation": f"{FILES}/bad.txt",
+    },
+    "Text.max_bad": {"data.on_bad": "skip", "data.validation": f"{FILES}/bad.txt"},
+    "LabelledText.max_bad": {"data.on_bad": "skip", "data.validation": f"{FILES}/bad.tsv"},
     # Rotary positions have no table, and the context is then no more than a limit.
     "TransformerConfig.context": {"model.positions": "learned"},
     # A target that is not finite in one row.
@@ -344,8 +415,8 @@ experiment. What then counts is named too: something that only the field has a h
 SPEED = {"Experiment.workers", "TFDS.threads"}
 """Fields that change how fast data is made, and none of it: see test_tfds."""
 REFUSES = {"Parallel.data", "TFDS.data_dir", "Table.max_categories", "Checked.max_bad"}
-"""Fields that choose nothing: they say what a run needs, and refuse a machine without it; or how
-much of the data may be odd."""
+"""Fields that choose nothing: they say what a run needs, and refuse a machine or data without
+it; or how much of the data may be odd."""
 
 
 def _image_of(e: Experiment) -> dict[str, Any]:
@@ -682,6 +753,7 @@ HELD = {
     Category,
     tfds.Features,
     tfds.Decoded,
+    *tokenizers.KINDS.values(),
 }
 """Dataclasses that hold data, and are made in reading it: not configuration."""
 

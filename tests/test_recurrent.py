@@ -346,6 +346,25 @@ def test_inputs_must_be_tokens_or_vectors():
         LSTMConfig(outputs=2)
 
 
+@every_cell
+def test_uniform_draws_every_parameter_between_its_limits(cell):
+    """Zaremba et al.: embeddings, kernels and biases alike; the seed decides them."""
+    fields = {"vocab": 99, "features": None, "width": 32, "layers": 2, "attention": "additive"}
+    config = recurrent(cell, **fields, head="sequence", bidirectional=True, uniform=0.1)
+    drawn = jax.tree.leaves(initial(config))
+    assert [p.shape for p in drawn] == [
+        p.shape for p in jax.tree.leaves(nnx.state(abstract(config)))
+    ]
+    for p in drawn:
+        assert np.abs(p).max() <= 0.1
+        assert p.size < 30 or np.abs(p).max() > 0.08
+        assert p.size < 999 or np.std(p) == pytest.approx(0.1 / 3**0.5, rel=0.05)
+    first = [p.ravel()[0] for p in drawn]
+    assert len(set(map(float, first))) == len(first)
+    other = jax.tree.leaves(nnx.state(config.make(nnx.Rngs(params=jax.random.key(1)))))
+    assert all(np.any(a != b) for a, b in zip(drawn, other, strict=True))
+
+
 def test_attention_needs_a_last_state():
     with pytest.raises(ValueError, match=r"\Aattention is of a sequence's [^\n]*\Z"):
         recurrent("gru", attention="dot")
@@ -361,7 +380,7 @@ def test_a_bidirectional_model_takes_no_carry():
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        (True, "a bidirectional model cannot: set data.stream or model.bidirectional to False"),
+        (True, "cannot: set data.stream to False, or model.bidirectional to False"),
         (False, "a bidirectional model reads the tokens that NextToken asks it to predict"),
     ],
 )

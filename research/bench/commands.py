@@ -10,14 +10,25 @@ import tyro
 from tqdm import tqdm
 
 from research import UserError, command, plot, run
-from research.bench import ledger, linear, loop, metering, methods, ngram, optimizers, reading
+from research.bench import (
+    bayes,
+    ledger,
+    linear,
+    loop,
+    metering,
+    methods,
+    ngram,
+    optimizers,
+    reading,
+)
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
+from research.data.text import LabelledText
 
 USAGE = (
     "python scripts/benchmark.py "
-    "{ngram [RUN ...], loop CONFIG, input CONFIG [--torch True], peaks [--json FILE], ledger, "
-    "optimizers [--workdir DIR], linear CONFIG [--splits N]}"
+    "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
+    "input CONFIG [--torch True], peaks [--json FILE], ledger, optimizers [--workdir DIR]}"
 )
 
 
@@ -47,6 +58,30 @@ def ngrams(argv: list[str]) -> None:
         print(f"{order:<24}" + "".join(f"{column[order]:14.3f}" for column in columns))
     for model in models:
         print(f"{model.name:24}{model.metrics['validation']['bits_per_character']:14.3f}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bayes(command.Options):
+    runs: tuple[Path, ...] = ()
+    """Finished runs on the same texts, printed below."""
+
+
+def naive_bayes(argv: list[str]) -> None:
+    options = command.parse(Bayes, USAGE, argv)
+    source: Any = options.experiment.data
+    if not isinstance(source, LabelledText):
+        command.fail(f"{options.config} is not on labelled texts")
+    with command.one_line_errors():
+        models = [run.summary(path) for path in options.runs]
+        found = bayes.accuracies(source)
+    rows = {f"naive Bayes, {name}": row for name, row in found.items()}
+    for path, model in zip(options.runs, models, strict=True):
+        rows[str(path)] = {k: m["accuracy"] for k, m in model.metrics.items() if "accuracy" in m}
+    splits = list(next(iter(found.values())))
+    print(f"{'accuracy':36}" + "".join(f"{split:>12}" for split in splits))
+    for name, row in rows.items():
+        cells = (f"{row[split]:12.4f}" if split in row else f"{'-':>12}" for split in splits)
+        print(f"{name:36}" + "".join(cells))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,6 +295,7 @@ def the_optimizers(argv: list[str]) -> None:
 
 KINDS = {
     "ngram": ngrams,
+    "bayes": naive_bayes,
     "loop": the_loop,
     "input": the_input,
     "peaks": the_peaks,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 from flax import nnx
 
 State = tuple[jax.Array, ...]
@@ -47,6 +47,10 @@ class RecurrentConfig:
     """What a sequence's output reads beside the last state: a mean of all steps, weighted by
     additive (Bahdanau et al. 2015) or scaled dot-product attention of the last state."""
 
+    uniform: Annotated[float, Gt(0)] | None = None
+    """Draw every initial parameter, biases too, between plus and minus this (Zaremba et al.: 0.1);
+    None: normal embeddings, orthogonal hidden kernels, LeCun's otherwise, and forget biases 1."""
+
     def __post_init__(self) -> None:
         if self.vocab is None and self.features is None:
             raise ValueError("give vocab (inputs are tokens) or features (inputs are vectors)")
@@ -54,7 +58,10 @@ class RecurrentConfig:
             raise ValueError("attention is of a sequence's last state: it needs head sequence")
 
     def make(self, rngs: nnx.Rngs) -> "Recurrent":
-        return Recurrent(self, rngs)
+        model = Recurrent(self, rngs)
+        if self.uniform is not None:
+            _draw(model, self.uniform, rngs)
+        return model
 
 
 class Layer(nnx.Module):
@@ -272,6 +279,18 @@ class Recurrent(nnx.Module):
         if self.attention is None:
             return last_BF
         return jnp.concatenate([last_BF, self.attention(last_BF, steps_BTF, valid_BT)], axis=-1)
+
+
+def _draw(model: nnx.Module, limit: float, rngs: nnx.Rngs) -> None:
+    """Draws every parameter anew, uniformly between plus and minus the limit."""
+    state = nnx.state(model, nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(rngs.params(), len(leaves))
+    drawn = [
+        jax.random.uniform(key, leaf.shape, leaf.dtype, -limit, limit)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    nnx.update(model, jax.tree.unflatten(tree, drawn))
 
 
 def _orthogonal_gates(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
