@@ -9,6 +9,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from annotated_types import Ge, Interval
 
 from research import UserError
@@ -35,15 +36,20 @@ class Augment:
     cutout: Annotated[int, Ge(0)] = 0
     """Side of a square that is set to 0, its centre anywhere (DeVries and Taylor 2017)."""
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Raises UserError where inputs of a shape are no images that this can change."""
-        if len(shape) != 3:
+    def check(self, inputs: np.ndarray) -> None:
+        """Raises UserError where a split's inputs are no images that this can change."""
+        if inputs.ndim != 4:
             raise UserError("task.augment needs images, inputs of [height, width, channels]")
-        side = min(shape[:2])
+        side = min(inputs.shape[1:3])
         if self.crop >= side:
             raise UserError(f"task.augment.crop must be < {side}, the images' side")
         if self.cutout > side:
             raise UserError(f"task.augment.cutout must be <= {side}, the images' side")
+        if self.operations and inputs.dtype != np.uint8 and (inputs.min() < 0 or inputs.max() > 1):
+            raise UserError(
+                f"task.augment.operations needs images in [0, 1], not in "
+                f"[{inputs.min():g}, {inputs.max():g}]"
+            )
 
     def __call__(self, x_BHWC: jax.Array, key: jax.Array) -> jax.Array:
         place, change, cut = jax.random.split(key, 3)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from research import parallel
+from research import UserError, parallel
 from research.data import splits
 from research.modules import merged
 from research.tasks import skipped
@@ -46,7 +46,8 @@ class Evaluator:
         """The task's summary and tables over every example of a split, each counted once.
 
         A metric that the split leaves undefined, as AUC is of one class, is left out.
-        carry: any carry of the batch's size; the first batch resets it.
+        carry: any carry of the batch's size; the first batch resets it. Raises UserError where no
+        example has any weight.
         """
         results = []
         for batch in splits.prefetched(split.evaluation(batch_size), split.threads):
@@ -54,6 +55,8 @@ class Evaluator:
             *found, carry = self.step(params, model_state, carry, placed)
             results.append(found)
         scores, kept = zip(*jax.device_get(results), strict=True)
+        if not any(weight for _, weight in (batch["loss"] for batch in scores)):
+            raise UserError("every row of a split is bad: there is nothing to evaluate on")
         means = self.task.summary(mean(scores))
         if not kept[0]:
             return Report(means, {})
@@ -66,14 +69,15 @@ class Evaluator:
 def mean(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over batches, from each batch's (total, weight) pairs, added in double precision.
 
-    The loss comes first: jit has sorted the names.
+    0 where there is no weight, as in a batch whose every row is bad. The loss comes first: jit has
+    sorted the names.
     """
 
     def add(name: str, i: int) -> float:
         return math.fsum(float(batch[name][i]) for batch in results)
 
     names = sorted(results[0], key=lambda name: name != "loss")
-    return {name: add(name, 0) / add(name, 1) for name in names}
+    return {name: add(name, 0) / (add(name, 1) or 1) for name in names}
 
 
 def names(task: Any, score: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:

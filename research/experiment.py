@@ -236,10 +236,12 @@ def check_fields(cls: type, values: Mapping[str, Any], path: str) -> None:
                 raise typeguard.TypeCheckError("Python takes True for an int")
         except typeguard.TypeCheckError:
             raise UserError(f"{where} must be {_words(hint)}, not {value!r}") from None
-        if isinstance(value, float) and not math.isfinite(value):
+        items = value if isinstance(value, tuple) else (value,)
+        numbers = [item for item in items if isinstance(item, int | float)]
+        if not all(map(math.isfinite, numbers)):
             raise UserError(f"{where} must be finite, not {value!r}")
         for bound in _bounds(hint):
-            if isinstance(value, int | float) and not _holds(bound, value):
+            if not all(_holds(bound, number) for number in numbers):
                 raise UserError(f"{where} must be {_range(bound)}, not {value!r}")
         if dataclasses.is_dataclass(value):
             check(value, f"{path}{name}.")
@@ -254,10 +256,11 @@ def plain(path: str) -> str:
 
 
 def _bounds(hint: Any) -> Iterator[Any]:
-    """The range declared by a hint: `Annotated[int, Ge(1)] | None` declares `Ge(1)`."""
+    """The range declared by a hint, of a tuple's items too: `Annotated[int, Ge(1)] | None` declares
+    `Ge(1)`."""
     if typing.get_origin(hint) is Annotated:
         yield from (m for m in hint.__metadata__ if _limits(m))
-    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
         for arg in typing.get_args(hint):
             yield from _bounds(arg)
 

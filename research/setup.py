@@ -151,8 +151,14 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         raise UserError(f"{jax.process_count()} processes: runs of several are not supported yet")
     record.require(experiment.tracker)
     data = experiment.data.load()
-    for split in ("train", *experiment.final_splits):
-        find(data, split)
+    for name in ("train", *experiment.final_splits):
+        find(data, name)
+    for name, split in data.items():
+        arrays = split.arrays()
+        if not len(split):
+            raise UserError(f"the {name} split is empty")
+        if "bad" in arrays and arrays["bad"].all():
+            raise UserError(f"every row of the {name} split is bad")
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
     mesh = experiment.parallel.mesh(batch_size, devices)

@@ -291,7 +291,7 @@ class Classify(_CrossEntropy):
         if self.cutmix and inputs.ndim < 3:
             raise UserError("task.cutmix needs images, inputs of [height, width, ...]")
         if self.augment is not None:
-            self.augment.check(inputs.shape[1:])
+            self.augment.check(inputs)
 
 
 def _classes_of(logits: jax.Array) -> jax.Array:

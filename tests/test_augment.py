@@ -213,10 +213,14 @@ def test_no_flop_is_lost_to_it():
         (Augment(crop=8), (8, 9, 1), "augment.crop must be < 8"),
         (Augment(cutout=9), (8, 9, 1), "augment.cutout must be <= 8"),
         (Augment(flip=True), (8,), "needs images"),
+        (Augment(operations=1), (8, 9, 1), r"operations needs images in \[0, 1\], not in \[2, 2\]"),
     ],
 )
 def test_what_does_not_fit_the_images_is_said(change, shape, message):
     outputs = jax.ShapeDtypeStruct((4, 3), jnp.float32)
-    arrays = {"inputs": np.ones((4, *shape), np.float32), "targets": np.arange(4) % 3}
+    arrays = {"inputs": np.full((4, *shape), 2, np.float32), "targets": np.arange(4) % 3}
     with pytest.raises(UserError, match=message):
         Classify(augment=change).check(outputs, arrays)
+    if change.operations:
+        for inputs in (arrays["inputs"] / 2, arrays["inputs"].astype(np.uint8)):
+            Classify(augment=change).check(outputs, {**arrays, "inputs": inputs})

@@ -34,6 +34,12 @@ def test_means_put_the_loss_first():
         assert sorted(found) == sorted(names)
 
 
+def test_a_batch_without_weight_is_0_by_itself_and_nothing_beside_others():
+    empty, full = {"loss": pair(0, 0)}, {"loss": pair(6, 3)}
+    assert evaluate.mean([empty]) == {"loss": 0.0}
+    assert evaluate.mean([empty, full]) == {"loss": 2.0}
+
+
 def test_sums_do_not_round():
     # In float32 the ones would vanish next to 2**24, in float64 next to 2**60.
     for totals in ([2.0**24] + [1.0] * 1000, [2.0**60] + [1.0] * 1000 + [-(2.0**60)]):

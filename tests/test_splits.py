@@ -1,6 +1,8 @@
 """Splits, by tokens and rows that are their own positions."""
 
+import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -67,13 +69,10 @@ def test_the_shares_of_processes_are_the_batch(split, processes):
 
 @pytest.mark.parametrize("split", SPLITS, ids=ids)
 def test_bad_rows_keep_their_places(split):
-    fields = vars(split)
     if isinstance(split, Examples):
-        marked = Examples(fields["rows"] | {"bad": np.arange(len(split)) % 3 == 0})
-    elif type(split) in (Windows, Streams):
-        marked = type(split)(**fields | {"bad": np.arange(50) % 3 == 0})
+        marked = Examples({**split.rows, "bad": np.arange(len(split)) % 3 == 0})
     else:
-        return
+        marked = dataclasses.replace(split, bad=np.arange(50) % 3 == 0)
     batches = [(s.batch(2, 4, 0), *every(s.evaluation(4))) for s in (split, marked)]
     seen = 0
     for plain, found in zip(*batches, strict=True):
@@ -241,6 +240,17 @@ def test_training_asks_for_its_own_steps_only(start, stop):
     steps = [int(b["inputs"][0]) for b in splits.training(split, 8, 3, start, stop)]
     assert steps == list(range(start, stop))
     assert sorted(set(split.calls)) == [(step, 8, 3) for step in range(start, stop)]
+
+
+def test_so_many_batches_are_made_at_once_as_there_are_threads():
+    together = threading.Barrier(7)
+
+    def made(i):
+        together.wait(timeout=60)
+        return {"inputs": np.array([i])}
+
+    found = splits.prefetched(splits.Lazy(made, 7), threads=7)
+    assert [int(batch["inputs"][0]) for batch in found] == list(range(7))
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=ids)

@@ -45,13 +45,14 @@ class Points:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Images:
-    """Noise of 8x8, brighter in a third of its own for each of three classes."""
+    """Noise of 8x8 in [0, 1], brighter in a third of its own for each of three classes."""
 
     def load(self):
         rng = np.random.default_rng(0)
         labels = np.arange(64 + 21) % 3
         images = rng.normal(size=(len(labels), 8, 8, 1))
         images += 2 * np.eye(3)[labels].repeat([3, 3, 2], axis=1)[:, None, :, None]
+        images = 1 / (1 + np.exp(-images))
         rows = {"inputs": images.astype(np.float32), "targets": labels.astype(np.int32)}
         parts = {"train": slice(64), "validation": slice(64, None)}
         return {name: Examples({k: v[p] for k, v in rows.items()}) for name, p in parts.items()}

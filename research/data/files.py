@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +42,8 @@ def cached(key: Any, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
     """The folder that `make` fills, filled once for each key (JSON values).
 
     It lies in $ERGON_CACHE, or in ergon/ of $XDG_CACHE_HOME or of ~/.cache, and appears whole:
-    processes that make it at once each make their own, and the first stays.
+    processes that make it at once each make their own, and the first stays. Raises UserError
+    where it cannot be written.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     data = pathlib.Path(os.environ.get("ERGON_CACHE") or f"{cache}/ergon") / "data"
@@ -52,22 +52,29 @@ def cached(key: Any, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
         return data / name
     try:
         data.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=data))
+        with tempfile.TemporaryDirectory(
+            prefix=f".{name}.", dir=data, ignore_cleanup_errors=True
+        ) as temporary:
+            whole = pathlib.Path(temporary) / "whole"
+            whole.mkdir()
+            make(whole)
+            (whole / "key.json").write_text(json.dumps(key, indent=2) + "\n")
+            try:
+                os.rename(whole, data / name)
+            except OSError:
+                if not (data / name).is_dir():
+                    raise
     except OSError as error:
-        raise UserError(f"cannot keep data in {data}: {error.strerror}") from None
-    try:
-        make(temporary)
-        (temporary / "key.json").write_text(json.dumps(key, indent=2) + "\n")
-        try:
-            os.rename(temporary, data / name)
-        except OSError:
-            if not (data / name).is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot keep data in {data}: {error}") from None
     return data / name
 
 
 def mapped(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The .npy files of a folder by name, memory-mapped: read when rows are asked for."""
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    """The .npy files of a folder by name, memory-mapped: read when rows are asked for.
+
+    Raises UserError where one is not whole.
+    """
+    try:
+        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{folder} is damaged ({error}): remove it, to have it made anew") from None

@@ -79,17 +79,16 @@ class Lazy(Sequence[Batch]):
         return self.make(index)
 
 
-def prefetched(
-    batches: Sequence[Batch], threads: int, workers: int = 0, ahead: int = 4
-) -> Iterator[Batch]:
+def prefetched(batches: Sequence[Batch], threads: int, workers: int = 0) -> Iterator[Batch]:
     """Iterates over batches that Grain makes ahead of time, in threads and in worker processes.
 
-    With neither, each is made when it is asked for: to index an array in memory takes less than to
-    hand it from thread to thread. The batches, and their order, are the same.
+    One is made in each thread, and 4 at least are ahead. With neither threads nor workers, each is
+    made when it is asked for: to index an array in memory takes less than to hand it from thread
+    to thread. The batches, and their order, are the same.
     """
     if not (threads or workers):
         return iter(batches)
-    options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=ahead)
+    options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(threads, 4))
     found = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain asks its own, which no command of ours parses
@@ -199,7 +198,7 @@ class Windows:
     bad: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.tokens) - 1
+        return max(len(self.tokens) - 1, 0)
 
     def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
         rng = np.random.default_rng((seed, step))
@@ -246,7 +245,7 @@ class Streams:
     bad: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.tokens) - 1
+        return max(len(self.tokens) - 1, 0)
 
     def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
         row = len(self) // batch_size

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -24,6 +25,10 @@ from research.data.bad import Bad, Checked
 from research.data.splits import Batch, Examples, Split, Splits
 
 Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's names of images, by their channels."""
+NARROW = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
+"""What a step computes with, where a feature is of 64 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,8 @@ class TFDS(Checked):
     """A data set of images, or of other arrays, and their labels.
 
     inputs: [batch, height, width, channels] uint8 of an image, which tasks take as [0, 1];
-    otherwise as the feature is. targets: [batch] int32 of a label, float32 of a number.
+    otherwise as the feature is, 64 bits as 32. targets: [batch] int32 of a label, float32
+    [batch, 1] of a number, or [batch, ...] of several.
     """
 
     name: str
@@ -76,6 +82,8 @@ def _builder(name: str, data_dir: str) -> Any:
     except ImportError as error:
         raise UserError(f"TFDS data needs a package: pip install 'ergon[tfds]' ({error})") from None
     folder = files.find(data_dir)
+    if not folder.is_dir():
+        raise UserError(f"data.data_dir: {folder} is no folder")
     try:
         builder = tfds.builder(name, data_dir=folder)
     except tfds.core.registered.DatasetNotFoundError:
@@ -139,6 +147,8 @@ class Features:
         targets = choose("targets", source.targets, labels, "labels")
         rest = images or [k for k in arrays if k != targets]
         inputs = choose("inputs", source.inputs, rest, "images" if images else "arrays")
+        if inputs == targets:
+            raise UserError(f"data.inputs and data.targets are both {inputs}")
         for field, name in (("inputs", inputs), ("targets", targets)):
             if name not in (*images, *arrays, *labels):
                 kind = type(features[name]).__name__
@@ -146,9 +156,18 @@ class Features:
                 raise UserError(f"data.{field}: {name} is a {kind}, not an array{hint}")
         if source.size is not None and inputs not in images:
             raise UserError(f"data.size is for images, and {inputs} is none")
-        shape = builder.info.features[inputs].shape
+        shape, dtype = features[inputs].shape, features[inputs].np_dtype
+        if inputs in images and (shape[-1] not in MODES or dtype != np.uint8):
+            raise UserError(
+                f"data.inputs: {inputs} has images of {shape[-1]} channels of {dtype.__name__}; "
+                f"they can have {', '.join(map(str, MODES))}, of uint8"
+            )
         if None in shape and source.size is None:
-            raise UserError(f"data.size must be given: {inputs} has the shape {shape}")
+            hint = "data.size must be given" if inputs in images else "data.inputs cannot be read"
+            raise UserError(f"{hint}: {inputs} has the shape {shape}")
+        if None in features[targets].shape:
+            shape = features[targets].shape
+            raise UserError(f"data.targets cannot be read: {targets} has the shape {shape}")
         classes = features[targets].num_classes if targets in labels else 0
         return cls(inputs, targets, inputs in images, classes)
 
@@ -163,20 +182,23 @@ class _Rows:
         self.name = builder.info.full_name
         skip = {features.inputs: tfds.decode.SkipDecoding()} if features.image else None
         try:
-            if not builder.info.splits[split].num_examples:
+            if builder.info.splits[split].num_examples < 1:
                 raise UserError(f"{self.name}: the split {split} is empty")
             self.source = builder.as_data_source(split=split, decoders=skip)
             instructions = builder.info.splits[split].file_instructions
         except UserError:
             raise
-        except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
+        except (ValueError, KeyError, NotImplementedError, AssertionError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.name} has no split {split}: {reason}") from None
+            raise UserError(f"{self.name}: the split {split} cannot be read: {reason}") from None
         self.files = [(pathlib.Path(i.filename), i.skip, i.take) for i in instructions]
         shape = builder.info.features[features.inputs].shape
         self.shape = shape if size is None else (*size, shape[-1])
         dtype = builder.info.features[features.inputs].np_dtype
-        self.dtype = np.dtype(np.float32 if dtype == np.float64 else dtype)
+        self.dtype = np.dtype(NARROW.get(np.dtype(dtype).name, dtype))
+        shape = builder.info.features[features.targets].shape
+        self.target_shape = shape if features.classes else shape or (1,)
+        self.target_dtype = np.dtype(np.int32 if features.classes else np.float32)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -195,11 +217,11 @@ class _Rows:
             i -= length
         return f"{self.name} {self.split}, row {i}"
 
-    def blank(self) -> tuple[np.ndarray, Any]:
+    def blank(self) -> tuple[np.ndarray, np.ndarray]:
         """What stands in the place of a bad row."""
-        return np.zeros(self.shape, self.dtype), 0
+        return np.zeros(self.shape, self.dtype), np.zeros(self.target_shape, self.target_dtype)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, Any]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and target of a row. Raises ValueError, with the reason, where it is bad."""
         names = self.features
         try:
@@ -211,23 +233,35 @@ class _Rows:
             inputs = _image(inputs, self.shape, self.size)
         elif np.shape(inputs) != self.shape:
             raise ValueError(f"{names.inputs} has the shape {np.shape(inputs)}, not {self.shape}")
-        inputs = np.asarray(inputs, self.dtype)
-        if not np.isfinite(inputs).all():
-            raise ValueError(f"{names.inputs} is not finite")
         if names.classes and not 0 <= target < names.classes:
             raise ValueError(f"{names.targets} is {target}, and there are {names.classes} classes")
-        if not names.classes and not np.isfinite(target).all():
-            raise ValueError(f"{names.targets} is {target}")
-        return inputs, target
+        target = np.reshape(target, self.target_shape)
+        inputs = _narrowed(names.inputs, inputs, self.dtype)
+        return inputs, _narrowed(names.targets, target, self.target_dtype)
+
+
+def _narrowed(name: str, value: Any, dtype: np.dtype) -> np.ndarray:
+    """A feature in a type. Raises ValueError where it is not finite, or does not fit."""
+    value = np.asarray(value)
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name} is not finite")
+    with np.errstate(over="ignore"):
+        found = value.astype(dtype)
+    fits = np.isfinite(found) if np.issubdtype(dtype, np.floating) else found == value
+    if not fits.all():
+        raise ValueError(f"{name} is too large for {dtype}")
+    return found
 
 
 def _image(encoded: bytes, shape: Sequence[int], size: Size | None) -> np.ndarray:
     """[height, width, channels] uint8 of an encoded image."""
     from PIL import Image
 
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[-1]]
+    mode = MODES[shape[-1]]
     try:
         image: Any = Image.open(io.BytesIO(encoded))
+        if image.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+            raise ValueError(f"its pixels, of mode {image.mode}, are not of 8 bits")
         image = image if image.mode == mode else image.convert(mode)
         if size is not None and (image.height, image.width) != size:
             scale = max(size[0] / image.height, size[1] / image.width)
@@ -247,7 +281,7 @@ def _split(rows: _Rows, source: TFDS, bad: Bad) -> Split:
     if rows.bytes > source.cache_gb * 1e9:
         return Decoded(rows, source.threads, bad)
     asked = dataclasses.asdict(source)
-    for unread in ("data_dir", "train", "validation", "test", "cache_gb", "threads"):
+    for unread in ("data_dir", "train", "validation", "test", "cache_gb", "threads", "max_bad"):
         del asked[unread]
     stamps = [[skip, take, files.stamp(path)] for path, skip, take in rows.files]
     key = {"tfds": rows.name, "split": rows.split, "files": stamps} | asked
@@ -256,21 +290,24 @@ def _split(rows: _Rows, source: TFDS, bad: Bad) -> Split:
         _decode(rows, folder, source)
 
     folder = files.cached(key, make)
-    for line in json.loads((folder / "bad.json").read_text()):
-        bad(*line)
+    for where, reason in json.loads((folder / "bad.json").read_text()).items():
+        bad(where, reason)
     return Examples(files.mapped(folder))
 
 
 def _decode(rows: _Rows, folder: pathlib.Path, source: TFDS) -> None:
-    """Writes a split's arrays, and its bad rows as [place, reason]."""
+    """Writes a split's arrays, and what is wrong with its bad rows, by their places."""
     n, found = len(rows), source.bad()
-    lines: list[tuple[str, str]] = []
-    dtype = np.int32 if rows.features.classes else np.float32
+    free = shutil.disk_usage(folder).free
+    if free < rows.bytes:  # to write there is no error, but the end of the process
+        raise UserError(
+            f"{rows.name} {rows.split} takes {rows.bytes / 1e9:.1f} GB decoded, and the cache has "
+            f"{free / 1e9:.1f} GB left: see ERGON_CACHE, and data.cache_gb"
+        )
     inputs = np.lib.format.open_memmap(
         folder / "inputs.npy", "w+", dtype=rows.dtype, shape=(n, *rows.shape)
     )
-    first = np.zeros((), dtype) if rows.features.classes else np.asarray(rows[0][1], dtype)
-    targets, bad = np.zeros((n, *first.shape), dtype), np.zeros(n, bool)
+    targets, bad = np.zeros((n, *rows.target_shape), rows.target_dtype), np.zeros(n, bool)
 
     def read(start: int) -> list[tuple[int, str]]:
         """Reads up to 256 rows, and gives those that are bad."""
@@ -296,7 +333,6 @@ def _decode(rows: _Rows, folder: pathlib.Path, source: TFDS) -> None:
                 bar.update(min(256, n - bar.n))
                 for i, reason in reasons:
                     found(rows.where(i), reason)
-                    lines.append((rows.where(i), reason))
                     bad[i] = True
         except UserError:
             pool.shutdown(cancel_futures=True)
@@ -305,7 +341,7 @@ def _decode(rows: _Rows, folder: pathlib.Path, source: TFDS) -> None:
     np.save(folder / "targets.npy", targets)
     if source.on_bad == "skip":
         np.save(folder / "bad.npy", bad)
-    (folder / "bad.json").write_text(json.dumps(lines))
+    (folder / "bad.json").write_text(json.dumps(found.found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,10 +374,9 @@ class Decoded:
         names = [[p.name, os.path.getsize(p), skip, take] for p, skip, take in self.rows.files]
         digest = hashlib.sha256(json.dumps([self.rows.name, names]).encode()).digest()
         inputs, target = self.rows.blank()
-        dtype = np.int32 if self.rows.features.classes else np.float32
         return {
             "inputs": inputs[None],
-            "targets": np.array([target, max(self.rows.features.classes - 1, 0)], dtype),
+            "targets": np.stack([target, target + max(self.rows.features.classes - 1, 0)]),
             "files": np.frombuffer(digest, np.uint8),
         }
 
@@ -355,8 +390,7 @@ class Decoded:
                 rows.append(self.rows.blank())
                 bad[place] = True
         inputs, targets = (np.stack(column) for column in zip(*rows, strict=True))
-        dtype = np.int32 if self.rows.features.classes else np.float32
-        batch = {"inputs": inputs, "targets": targets.astype(dtype)}
+        batch = {"inputs": inputs, "targets": targets}
         weights = np.where(bad, 0, 1).astype(np.float32)
         kept = {"bad": bad} if self.bad.on_bad == "skip" else {}
         return batch | kept | {"weights": weights}
@@ -366,7 +400,10 @@ def _check_classes(found: Mapping[str, Split]) -> None:
     """Raises UserError where a split has a class that training never sees."""
     if not all(isinstance(split, Examples) for split in found.values()):
         return
-    seen = {name: np.unique(split.arrays()["targets"]) for name, split in found.items()}
+    seen = {}
+    for name, split in found.items():
+        rows = split.arrays()
+        seen[name] = np.unique(rows["targets"][~rows["bad"]] if "bad" in rows else rows["targets"])
     for name, classes in seen.items():
         if missing := sorted(set(classes.tolist()) - set(seen["train"].tolist())):
             raise UserError(f"{name} has class {missing[0]}, which train never has")
