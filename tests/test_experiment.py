@@ -5,9 +5,11 @@ import pytest
 
 from configs import mlp_cancer, transformer_text
 from research import UserError, experiment
+from research.data.tfds import TFDS
 from research.experiment import EarlyStop, Experiment, Target
 from research.models.mlp import MLPConfig
 from research.optim import Optax, Optimizer
+from research.tasks import Classify
 
 
 def changed(**fields):
@@ -70,6 +72,18 @@ def test_json_holds_every_field_of_the_tree():
         (
             lambda: changed(target=Target(metric="accuracy", value="high", split="test")),
             "target.value must be float, not 'high'",
+        ),
+        (
+            lambda: changed(data=TFDS(name="beasts", size=(0, 3))),
+            "data.size must be >= 1, not (0, 3)",
+        ),
+        (
+            lambda: changed(task=Classify(class_weights=(1.0, float("nan")))),
+            "task.class_weights must be > 0, not (1.0, nan)",
+        ),
+        (
+            lambda: changed(task=Classify(class_weights=(1.0, float("inf")))),
+            "task.class_weights must be finite, not (1.0, inf)",
         ),
     ],
 )

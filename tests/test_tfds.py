@@ -1,9 +1,11 @@
 """TFDS data, in real directories that `prepare` makes."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -181,6 +183,25 @@ def test_an_image_that_cannot_be_decoded(folder, tmp_path, cache_gb):
     assert shown["weights"].sum() == 39
 
 
+def test_a_row_that_is_read_again_is_bad_once(folder, tmp_path):
+    name = sorted(p.name for p in (folder / "beasts" / "1.0.0").glob("beasts-train*"))[0]
+    bad = rewritten(folder, tmp_path / "bad", name, garbled)
+    split = source(bad, on_bad="skip", max_bad=1, cache_gb=1e-9).load()["train"]
+    epochs = [split.batch(step, 40, 0) for step in range(3)]
+    assert [batch["bad"].sum() for batch in epochs] == [1, 1, 1]
+    assert len(split.bad.found) == 1
+
+
+def test_bad_rows_are_of_no_class(folder, tmp_path):
+    # The first of test's rows, of class 0, is bad in a set whose training rows lack that class.
+    name = next((folder / "beasts" / "1.0.0").glob("beasts-test*-00000-*")).name
+    bad = rewritten(folder, tmp_path / "bad", name, garbled)
+    fields = {"on_bad": "skip", "train": "train[20:]", "test": "test[2:3]+test[10:]"}
+    data = source(bad, **fields).load()
+    np.testing.assert_array_equal(np.flatnonzero(data["test"].rows["bad"]), [0])
+    assert 0 not in data["train"].rows["targets"]
+
+
 def test_skipped_rows_are_counted_in_the_metrics(folder, tmp_path):
     name = sorted(p.name for p in (folder / "beasts" / "1.0.0").glob("beasts-t*"))[0]
     bad = rewritten(folder, tmp_path / "bad", name, garbled)
@@ -223,17 +244,90 @@ def test_a_class_that_training_never_sees(folder):
     [
         ({"name": "birds"}, "has no data set birds; it has: beasts"),
         ({"name": "beasts:2.0.0"}, "beasts:2.0.0"),
-        ({"train": "training"}, "beasts/1.0.0 has no split training"),
+        ({"train": "training"}, "beasts/1.0.0: the split training cannot be read: Unknown split"),
         ({"train": "train[:0%]"}, "the split train.:0%. is empty"),
+        ({"train": "train[9:3]"}, "the split train.9:3. is empty"),
+        ({"inputs": "label", "targets": "label"}, "data.inputs and data.targets are both label"),
+        ({"data_dir": __file__}, "data.data_dir: .*test_tfds.py is no folder"),
         ({"inputs": "pixels"}, "data.inputs: no feature pixels; there are image, label"),
         ({"data_dir": "nowhere"}, "no data at nowhere"),
-        ({"inputs": "label", "size": (3, 3)}, "data.size is for images, and label is none"),
+        (
+            {"inputs": "label", "size": (3, 3)},
+            "data.size is for images, and label is none",
+        ),
     ],
 )
 def test_mistakes_are_said_in_a_line(folder, fields, message):
     with pytest.raises(UserError, match=message) as caught:
         source(folder, **fields).load()
     assert "\n" not in str(caught.value)
+
+
+def test_a_disk_without_room_is_said_before_it_is_filled(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000}))
+    with pytest.raises(
+        UserError, match=r"train\[:39\] takes 0.0 GB decoded, and the cache has 0.0"
+    ):
+        source(folder, train="train[:39]").load()
+
+
+def as_tfrecord(folder, to):
+    """A copy of the data set that says it is of TFRecord files."""
+    copy = pathlib.Path(shutil.copytree(folder, to)) / "beasts" / "1.0.0"
+    info = json.loads((copy / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    for path in copy.glob("*.array_record-*"):
+        path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
+    return to
+
+
+def test_files_that_have_no_random_access(folder, tmp_path):
+    message = "the split train cannot be read: Random access .*TFRECORD is not supported"
+    with pytest.raises(UserError, match=message):
+        source(as_tfrecord(folder, tmp_path / "copy")).load()
+
+
+@pytest.mark.parametrize(
+    ("image", "shape", "message"),
+    [
+        (Image.fromarray(np.full((6, 8), 300, np.uint16)), (6, 8, 1), "mode I;16, are not of 8"),
+        (Image.fromarray(np.ones((6, 8), np.float32)), (6, 8, 3), "mode F, are not of 8 bits"),
+        (Image.new("L", (8, 6), 7), (6, 8, 3), None),
+        (Image.new("CMYK", (8, 6), (0, 0, 0, 248)), (6, 8, 1), None),
+    ],
+)
+def test_images_of_8_bits_in_any_colours(image, shape, message):
+    file = io.BytesIO()
+    image.save(file, "tiff")
+    if message is None:
+        np.testing.assert_array_equal(
+            tfds._image(file.getvalue(), shape, None), np.full(shape, 7, np.uint8)
+        )
+    else:
+        with pytest.raises(ValueError, match=message):
+            tfds._image(file.getvalue(), shape, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.int64(1 << 31), np.int32, "x is too large for int32"),
+        (np.array([1, -(1 << 33)]), np.int32, "x is too large for int32"),
+        (np.array([1e39]), np.float32, "x is too large for float32"),
+        (np.array([1.0, np.inf]), np.float32, "x is not finite"),
+        (np.array([(1 << 31) - 1, -(1 << 31)]), np.int32, None),
+        (np.float64(0.1), np.float32, None),
+    ],
+)
+def test_64_bits_become_32_where_they_fit(value, dtype, message):
+    if message is None:
+        found = tfds._narrowed("x", value, np.dtype(dtype))
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, np.asarray(value, dtype))
+    else:
+        with pytest.raises(ValueError, match=message):
+            tfds._narrowed("x", value, np.dtype(dtype))
 
 
 def test_a_missing_package_is_named(folder, monkeypatch):
@@ -267,6 +361,25 @@ def test_a_data_set_is_prepared_where_that_takes_no_tensorflow(tmp_path):
         dataclasses.replace(asked, inputs=None).load()
     with pytest.raises(UserError, match=r"data.targets: 2 labels among .*: name one"):
         dataclasses.replace(asked, targets=None).load()
+
+
+@pytest.mark.parametrize("cache_gb", [4.0, 1e-9])
+def test_targets_that_are_numbers(tmp_path, cache_gb):
+    unprepared(tmp_path, "ergon_numbers")
+    asked = TFDS(name="ergon_numbers", data_dir=str(tmp_path), inputs="image", cache_gb=cache_gb)
+    two = dataclasses.replace(asked, targets="x").load()["train"]
+    assert two.batch(0, 4, 0)["targets"].shape == (4, 2)
+    assert two.arrays()["targets"].shape[1:] == (2,)
+    whole = dataclasses.replace(asked, targets="y", on_bad="skip").load()["train"].evaluation(48)[0]
+    (i,) = np.flatnonzero(whole["bad"])  # y is no number there, and otherwise the row's
+    assert whole["targets"].dtype == np.float32
+    rest = np.sort(whole["targets"][~whole["bad"]], axis=0)
+    np.testing.assert_array_equal(rest[:, 0], [*range(5), *range(6, 48)])
+    # Also where it is the first, of which no shape can be learnt.
+    late = dataclasses.replace(asked, targets="y", on_bad="skip", train=f"train[{i}:]")
+    first = late.load()["train"].evaluation(8)[0]
+    np.testing.assert_array_equal(first["bad"], np.arange(8) == 0)
+    np.testing.assert_array_equal(first["targets"][1:], whole["targets"][i + 1 : i + 8])
 
 
 def test_a_run_on_decoded_rows_resumes_bit_for_bit_with_other_workers(folder, tmp_path):

@@ -291,6 +291,62 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tmp_path):
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Marked:
+    """tiny.Points, with a share of the rows of each split bad."""
+
+    train: float = 0.0
+    validation: float = 0.0
+
+    def load(self):
+        found = {}
+        for name, split in tiny.Points().load().items():
+            bad = np.arange(len(split)) < getattr(self, name) * len(split)
+            inputs = np.where(bad[:, None], np.float32(0), split.rows["inputs"])
+            found[name] = Examples({**split.rows, "inputs": inputs, "bad": bad})
+        return found
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_of_bad_rows_alone_teaches_nothing_and_is_counted(parts, tmp_path):
+    e = tiny.mlp(
+        data=Marked(train=0.9), batch_size=2, accumulate=parts, steps=8, optimizer=tiny.sgd(0.1)
+    )
+    setup = prepare(e, ONE)
+    train.train(setup, tmp_path / "run", quiet=True)
+    rows = [row for row in tiny.rows(tmp_path / "run") if row["split"] == "train"]
+    empty = [row for row in rows if row["bad"] == 1]
+    assert 0 < len(empty) < len(rows)
+    for row in empty:
+        assert row["loss"] == row["grad_norm"] == 0
+    assert all(row["loss"] > 0 for row in rows if row["bad"] < 1)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_of_bad_rows_alone_is_said(split):
+    with pytest.raises(UserError, match=f"every row of the {split} split is bad"):
+        prepare(tiny.mlp(data=Marked(**{split: 1.0})), ONE)
+
+
+def test_an_evaluation_that_finds_bad_rows_alone_is_said():
+    setup = prepare(tiny.mlp(), ONE)
+    rows = dict(setup.splits["validation"].rows)
+    setup.splits["validation"] = Examples({**rows, "bad": np.ones(21, bool)})
+    with pytest.raises(UserError, match="every row of a split is bad"):
+        setup.evaluate(setup.initial(), "validation")
+
+
+def test_an_empty_split_is_said():
+    @dataclasses.dataclass(frozen=True)
+    class Empty:
+        def load(self):
+            rows = {"inputs": np.zeros((0, 5), np.float32), "targets": np.zeros(0, np.int32)}
+            return {**tiny.Points().load(), "test": Examples(rows)}
+
+    with pytest.raises(UserError, match="the test split is empty"):
+        prepare(tiny.mlp(data=Empty()), ONE)
+
+
 def test_early_stopping_ends_the_run_for_good(tmp_path):
     stop = EarlyStop(patience=2, metric="accuracy", goal="max")
     experiment = tiny.mlp(steps=50, eval_every=3, early_stop=stop, optimizer=tiny.sgd(0.0))

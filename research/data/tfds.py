@@ -147,8 +147,6 @@ class Features:
         targets = choose("targets", source.targets, labels, "labels")
         rest = images or [k for k in arrays if k != targets]
         inputs = choose("inputs", source.inputs, rest, "images" if images else "arrays")
-        if inputs == targets:
-            raise UserError(f"data.inputs and data.targets are both {inputs}")
         for field, name in (("inputs", inputs), ("targets", targets)):
             if name not in (*images, *arrays, *labels):
                 kind = type(features[name]).__name__
@@ -156,6 +154,8 @@ class Features:
                 raise UserError(f"data.{field}: {name} is a {kind}, not an array{hint}")
         if source.size is not None and inputs not in images:
             raise UserError(f"data.size is for images, and {inputs} is none")
+        if inputs == targets:
+            raise UserError(f"data.inputs and data.targets are both {inputs}")
         shape, dtype = features[inputs].shape, features[inputs].np_dtype
         if inputs in images and (shape[-1] not in MODES or dtype != np.uint8):
             raise UserError(
