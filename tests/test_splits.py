@@ -2,6 +2,10 @@
 
 import dataclasses
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -251,6 +255,32 @@ def test_so_many_batches_are_made_at_once_as_there_are_threads():
 
     found = splits.prefetched(splits.Lazy(made, 7), threads=7)
     assert [int(batch["inputs"][0]) for batch in found] == list(range(7))
+
+
+INTERRUPTED = """
+import os, signal
+import numpy as np
+from research.data import splits
+
+signal.signal(signal.SIGINT, lambda number, frame: None)
+split = splits.Examples({"inputs": np.arange(8), "targets": np.arange(8)})
+for step, _ in enumerate(splits.training(split, 4, 0, 0, 2000, workers=1)):
+    if step == 2:
+        os.killpg(0, signal.SIGINT)
+print(step)
+"""
+
+
+def test_an_interrupt_ends_no_worker():
+    # As Ctrl-C does, to every process of the terminal; the run wants to save first.
+    found = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path.cwd())},
+    )
+    assert found.stdout == "1999\n", found.stderr
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=ids)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import ClassVar, Protocol
@@ -92,8 +93,13 @@ def prefetched(batches: Sequence[Batch], threads: int, workers: int = 0) -> Iter
     found = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain asks its own, which no command of ours parses
-        found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _uninterrupted)
     return iter(found)
+
+
+def _uninterrupted(worker: int, workers: int) -> None:
+    """Ctrl-C reaches every process, and the run needs batches until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def training(
