@@ -140,9 +140,34 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
+class Shuffled:
+    """Independent rows, shuffled anew each epoch. A batch may span two epochs."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def take(self, index: np.ndarray) -> Batch:
+        """The rows of an index, with their weights."""
+        raise NotImplementedError
+
+    def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
+        return self.take(shuffled(step, batch_size, seed, len(self))[part])
+
+    def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
+        def make(i: int) -> Batch:
+            index, padding = padded(np.arange(len(self)), i, batch_size)
+            return blank(self.take(index[part]), padding[part])
+
+        return Lazy(make, -(-len(self) // batch_size))
+
+    def check(self, batch_size: int) -> None:
+        if batch_size > len(self):
+            raise UserError(f"batch_size {batch_size} exceeds the {len(self)} training examples")
+
+
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Independent rows, shuffled anew each epoch. A batch may span two epochs.
+class Examples(Shuffled):
+    """Rows of arrays.
 
     `rows` maps a batch's keys to arrays whose first axis is the example. Among them may be bad
     (bool): those rows keep their places with weight 0.
@@ -154,24 +179,10 @@ class Examples:
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
 
-    def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
-        return self._take(shuffled(step, batch_size, seed, len(self))[part])
-
-    def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
-        def make(i: int) -> Batch:
-            index, padding = padded(np.arange(len(self)), i, batch_size)
-            return blank(self._take(index[part]), padding[part])
-
-        return Lazy(make, -(-len(self) // batch_size))
-
-    def check(self, batch_size: int) -> None:
-        if batch_size > len(self):
-            raise UserError(f"batch_size {batch_size} exceeds the {len(self)} training examples")
-
     def arrays(self) -> Mapping[str, np.ndarray]:
         return self.rows
 
-    def _take(self, index: np.ndarray) -> Batch:
+    def take(self, index: np.ndarray) -> Batch:
         batch = {k: v[index] for k, v in self.rows.items()}
         weights = np.ones(len(index), np.float32)
         if "bad" in batch:

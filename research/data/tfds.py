@@ -20,9 +20,9 @@ from annotated_types import Ge, Gt
 from tqdm import tqdm
 
 from research import UserError
-from research.data import files, splits
+from research.data import files
 from research.data.bad import Bad, Checked
-from research.data.splits import Batch, Examples, Split, Splits
+from research.data.splits import Batch, Examples, Shuffled, Split, Splits
 
 Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -345,8 +345,8 @@ def _decode(rows: _Rows, folder: pathlib.Path, source: TFDS) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoded:
-    """Rows that are decoded as they are read, shuffled anew each epoch."""
+class Decoded(Shuffled):
+    """Rows that are decoded as they are read."""
 
     rows: Any
     threads: int
@@ -354,20 +354,6 @@ class Decoded:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def batch(self, step: int, batch_size: int, seed: int, part: slice = splits.ALL) -> Batch:
-        return self._take(splits.shuffled(step, batch_size, seed, len(self))[part])
-
-    def evaluation(self, batch_size: int, part: slice = splits.ALL) -> Sequence[Batch]:
-        def make(i: int) -> Batch:
-            index, padding = splits.padded(np.arange(len(self)), i, batch_size)
-            return splits.blank(self._take(index[part]), padding[part])
-
-        return splits.Lazy(make, -(-len(self) // batch_size))
-
-    def check(self, batch_size: int) -> None:
-        if batch_size > len(self):
-            raise UserError(f"batch_size {batch_size} exceeds the {len(self)} training examples")
 
     def arrays(self) -> Mapping[str, np.ndarray]:
         """Bounds of the targets, and what tells the files from others: they are not read."""
@@ -380,7 +366,7 @@ class Decoded:
             "files": np.frombuffer(digest, np.uint8),
         }
 
-    def _take(self, index: np.ndarray) -> Batch:
+    def take(self, index: np.ndarray) -> Batch:
         rows, bad = [], np.zeros(len(index), bool)
         for place, i in enumerate(index):
             try:
