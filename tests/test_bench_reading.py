@@ -50,6 +50,36 @@ def test_waiting_is_seen_where_batches_are_slow():
         assert found.megabytes * 1e6 == pytest.approx(found.supply * size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Threaded(Examples):
+    threads = 2
+
+    def batch(self, *args):
+        time.sleep(0.05)
+        return super().batch(*args)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ahead:
+    def load(self):
+        return {name: Threaded(split.rows) for name, split in tiny.mlp().data.load().items()}
+
+
+def test_what_was_made_ahead_is_no_supply(monkeypatch):
+    steps = reading._steps
+
+    def then_wait(*args):
+        found = steps(*args)
+        time.sleep(0.3)
+        return found
+
+    # 5 batches a round: with 4 that were there before, the fifth alone would have to be made.
+    monkeypatch.setattr(reading, "_steps", then_wait)
+    found = reading.measure(tiny.mlp(data=Ahead()), rounds=3, seconds=1e-6)
+    assert found.supply < 1.5 * 2 * 16 / 0.05
+    assert found.waiting > 0.5
+
+
 def test_a_round_is_needed():
     with pytest.raises(UserError, match="input needs a round, not 0"):
         reading.measure(tiny.mlp(), rounds=0)

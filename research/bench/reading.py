@@ -50,7 +50,9 @@ def measure(experiment: Experiment, rounds: int = 7, seconds: float = 2.0) -> In
     for _ in range(rounds):
         state, alone = _steps(setup, step, state, fixed, count)
         made = (_put(setup, batch) for batch in batches)
+        _use_up(setup, batches)
         state, fed = _steps(setup, step, state, made, count)
+        _use_up(setup, batches)
         start = time.perf_counter()
         for _ in range(count):
             jax.block_until_ready(_put(setup, next(batches)))
@@ -80,6 +82,12 @@ def _endless(setup: Setup) -> Iterator[splits.Batch]:
     """The batches of training, made as training makes them."""
     e = setup.experiment
     return splits.training(setup.splits["train"], setup.batch_size, e.seed, 0, 1 << 30, e.workers)
+
+
+def _use_up(setup: Setup, batches: Iterator[splits.Batch]) -> None:
+    """Takes what was made while something else was timed."""
+    for _ in range(splits.ahead(setup.splits["train"].threads)):
+        next(batches)
 
 
 def _steps(

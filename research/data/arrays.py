@@ -47,8 +47,9 @@ class Arrays:
     """Splits of arrays whose first axis is the example, copied as they are given.
 
     Arrays(train={"inputs": x, "targets": y}, validation=...): float64 becomes float32 and int64
-    int32, as do integers and truth values that are targets. A run's config.json has their SHA-256
-    in their place: such a run goes on in the notebook that has them.
+    int32, as do integers and truth values that are targets; tasks take inputs of uint8 as images,
+    in [0, 1]. A run's config.json has their SHA-256 in their place: such a run goes on in the
+    notebook that has them.
 
     Raises UserError for what is no number, NaN, too large, or of differing lengths.
     """

@@ -80,6 +80,11 @@ class Lazy(Sequence[Batch]):
         return self.make(index)
 
 
+def ahead(threads: int) -> int:
+    """Batches that are made before they are asked for."""
+    return max(threads, 4)
+
+
 def prefetched(batches: Sequence[Batch], threads: int, workers: int = 0) -> Iterator[Batch]:
     """Iterates over batches that Grain makes ahead of time, in threads and in worker processes.
 
@@ -89,7 +94,7 @@ def prefetched(batches: Sequence[Batch], threads: int, workers: int = 0) -> Iter
     """
     if not (threads or workers):
         return iter(batches)
-    options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(threads, 4))
+    options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=ahead(threads))
     found = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain asks its own, which no command of ours parses
