@@ -164,16 +164,17 @@ def _leaves(state):
 
 def test_a_config_file_may_hold_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(
+    monkeypatch.setattr(sys, "path", [*sys.path])  # into which a config's folder goes
+    (tmp_path / "held.py").write_text(
         "import numpy as np\nimport tiny\nfrom research.data.arrays import Arrays\n"
         "def config():\n"
         "    rows = {'inputs': np.ones((32, 5)), 'targets': np.arange(32) % 3}\n"
         "    return tiny.mlp(data=Arrays(train=rows, validation=rows))\n"
     )
-    options = command.parse(command.Options, "CONFIG", ["mine.py", "--steps", "3"])
+    options = command.parse(command.Options, "CONFIG", ["held.py", "--steps", "3"])
     assert options.experiment.steps == 3
     assert options.experiment.data.load()["train"].rows["inputs"].shape == (32, 5)
-    sys.modules.pop("mine", None)
+    sys.modules.pop("held", None)
 
 
 def test_the_model_is_checked_against_them():
