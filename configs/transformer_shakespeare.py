@@ -1,9 +1,11 @@
-r"""Transformer on Tiny Shakespeare, by characters: what nanoGPT's README trains on a CPU.
+r"""Transformer on Tiny Shakespeare, by characters: nanoGPT's setting for a CPU, at twice its rate.
 
     ERGON_DATA=../shared/data python scripts/train.py configs/transformer_shakespeare.py \
         --workdir runs/transformer_shakespeare
 
-Validation: loss 0.0 nats a character, of all of the last tenth (one seed); target 1.89.
+Validation: loss 1.803 nats a character over all of the last tenth (one seed); target 1.89. 11.6 min
+on 2 busy CPU cores. At nanoGPT's own rate, peak_value 1e-3: 1.903 and 1.902 (seeds 0 and 1), and
+its model and loop in PyTorch 1.910; the 1.88 of its README is an estimate from 20 batches.
 """
 
 from research.data.text import Text
@@ -19,7 +21,7 @@ def config() -> Experiment:
     length, steps = 64, 2000
     rate = {
         "init_value": 0.0,
-        "peak_value": 1e-3,
+        "peak_value": 2e-3,
         "warmup_steps": 100,
         "decay_steps": steps,
         "end_value": 1e-4,

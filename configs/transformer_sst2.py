@@ -3,7 +3,7 @@ r"""A Transformer encoder of one layer on SST-2's sentences of film reviews, fro
     ERGON_DATA=../shared/data python scripts/train.py configs/transformer_sst2.py \
         --workdir runs/transformer_sst2
 
-Test: accuracy 0.809 (mean of seeds 0 to 2: 0.803, 0.816, 0.808); target 0.76; naive Bayes on words
+Test: accuracy 0.813 (mean of seeds 0 to 2: 0.811, 0.819, 0.809); target 0.76; naive Bayes on words
 and pairs 0.821. Everything was chosen on validation. Under a minute on 2 busy CPU cores.
 """
 
@@ -14,12 +14,12 @@ from research.optim import Optax, Optimizer
 from research.tasks import Classify
 
 VOCAB = 7143
-EPOCH = 138
+EPOCH = 108
 """Batches in the 6,920 training rows."""
 
 
 def config() -> Experiment:
-    length, steps = 40, 4 * EPOCH
+    length, steps = 48, 4 * EPOCH
     rate = {
         "init_value": 0.0,
         "peak_value": 1e-3,
@@ -51,9 +51,9 @@ def config() -> Experiment:
             update=Optax("adam", {"learning_rate": Optax("warmup_cosine_decay_schedule", rate)}),
             clip_norm=1.0,
         ),
-        batch_size=50,
+        batch_size=64,
         steps=steps,
-        log_every=69,
+        log_every=54,
         eval_every=EPOCH,
         target=Target(metric="accuracy", value=0.76, split="test"),
     )

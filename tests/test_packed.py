@@ -1,4 +1,4 @@
-"""Packed documents, by tokens that are their own places in the text; and that none sees another."""
+"""Packed by tokens that are their own places in the text; and that none sees another."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from made import abstract, scrambled
 
 from research import UserError, compute
 from research.data import splits
-from research.data.packed import Packed, best_fit, documents, index, pack
+from research.data.packed import Packed, best_fit, index, pack
 from research.models.transformer import TransformerConfig
 from research.tasks import NextToken
 
@@ -202,20 +202,6 @@ def test_check_says_how_much_is_needed():
         assert len(nothing) == nothing.efficiency == 0
         with pytest.raises(UserError, match="no document of two tokens"):
             nothing.check(1)
-
-
-@pytest.mark.parametrize(
-    ("text", "by", "found"),
-    [
-        ("a\nb\n\nc", "line", ["a\n", "b\n\n", "c"]),
-        ("a\nb\n\nc", "blank_line", ["a\nb\n\n", "c"]),
-        ("a\r\n\r\n \n  b\n", "blank_line", ["a\r\n\r\n \n", "  b\n"]),
-        ("", "line", []),
-    ],
-)
-def test_documents_joined_are_the_text(text, by, found):
-    assert documents(text, by) == found
-    assert "".join(found) == text
 
 
 # What a model makes of packed rows.

@@ -9,6 +9,7 @@ import tiny
 
 from research import UserError
 from research.data import files, tokens
+from research.data import prepare as preparing
 from research.data.splits import Examples, Streams, Windows, fingerprint
 from research.data.text import LabelledText, Text
 from research.models.encoder import EncoderConfig
@@ -287,7 +288,7 @@ def test_csv_has_quoted_cells_and_other_columns(folder):
     with pytest.raises(UserError, match=r"valid\.csv, line 4: a label is an integer .* 'x'"):
         labelled(train="train.csv", validation="valid.csv").load()
     write(folder, valid_csv=f'{head}3,1,d\n4,1,"e\n')
-    with pytest.raises(UserError, match=r"valid\.csv, line 3: unexpected end of data"):
+    with pytest.raises(UserError, match=r"valid\.csv, line 3: a quote is not closed"):
         labelled(train="train.csv", validation="valid.csv").load()
 
 
@@ -350,8 +351,7 @@ def test_without_a_validation_file_a_share_of_each_class_validates(folder):
 
 BAD = {
     "1\ta fine film\tmore": "3 cells, and the header has 2",
-    "1": "1 cells, and the header has 2",
-    "": "0 cells, and the header has 2",
+    "1": "1 cell, and the header has 2",
     "1\t \u00a0": "the text is empty",
     "one\ta film": "a label is an integer from 0, not 'one'",
     "1.0\ta film": "a label is an integer from 0, not '1.0'",
@@ -395,7 +395,7 @@ def test_bad_training_rows_keep_their_places_and_have_no_words(folder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"train_tsv": "", "valid_tsv": table(ROWS)}, "train.tsv has no rows"),
+        ({"train_tsv": "", "valid_tsv": table(ROWS)}, "train.tsv, line 1: the file is empty"),
         ({"train_tsv": table([]), "valid_tsv": table(ROWS)}, "train.tsv has no rows"),
         ({"train_tsv": table(ROWS), "valid_tsv": table([])}, "valid.tsv has no rows"),
         (
@@ -418,7 +418,7 @@ def test_a_share_that_is_no_row_and_a_file_of_no_table(folder):
     write(folder, train_tsv=table(ROWS[:4]), train_txt=TRAIN)
     with pytest.raises(UserError, match=r"validation_share = 0\.1 of each class is no row"):
         labelled(validation=None).load()
-    with pytest.raises(UserError, match=r"train\.txt must be a \.tsv or a \.csv"):
+    with pytest.raises(UserError, match=r"train\.txt has no column 'label'"):
         labelled(train="train.txt", validation=None).load()
 
 
@@ -460,3 +460,104 @@ def test_a_run_keeps_its_tokenizer_and_says_what_it_skipped(folder):
         assert "1 bad row skipped" in (workdir / "log.txt").read_text()
         assert 0 < summary.metrics["validation"]["bad"] < 0.5
     assert files.find("train.tsv") == folder / "train.tsv"
+
+
+SONGS = "la la la\nlo lo\n\nli\nlu lu lu\n\n\nle le\n"
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ("line", ["la la la\n", "lo lo\n", "li\n", "lu lu lu\n", "le le\n"]),
+        ("blank_line", ["la la la\nlo lo\n\n", "li\nlu lu lu\n\n\n", "le le\n"]),
+    ],
+)
+def test_packed_rows_hold_whole_documents(tmp_path, documents, expected):
+    (tmp_path / "songs.txt").write_text(SONGS)
+    path = str(tmp_path / "songs.txt")
+    source = Text(
+        train=path, validation=path, tokens="bytes", length=40, rows="packed", documents=documents
+    )
+    for data in (source.load(), source.load()):  # made, and mapped
+        split = data["train"]
+        assert isinstance(split.tokens.base, np.memmap) or isinstance(split.tokens, np.memmap)
+        found = []
+        for batch in split.evaluation(1):
+            for n in range(1, batch["segments"].max() + 1):
+                inside = batch["segments"] == n
+                ids = [batch["inputs"][inside][0], *batch["targets"][inside]]
+                found.append(bytes(ids).decode())
+        assert sorted(found) == sorted(expected)
+        assert len(split) == sum(len(text) - 1 for text in expected)
+
+
+def test_validation_of_packed_documents_is_of_whole_lines(tmp_path):
+    (tmp_path / "songs.txt").write_text("0123456789\n" * 10)
+    source = Text(
+        train=str(tmp_path / "songs.txt"),
+        tokens="bytes",
+        length=10,
+        rows="packed",
+        validation_share=0.25,
+    )
+    data = source.load()
+    assert len(data["train"]) == 80
+    assert len(data["validation"]) == 20
+
+
+@pytest.fixture(scope="module")
+def poems(tmp_path_factory):
+    """TFDS data sets of lines: one good, and one with a line that is no UTF-8."""
+    root = tmp_path_factory.mktemp("poems")
+    (root / "in").mkdir()
+    (root / "in" / "train.txt").write_text("to be or\nnot to be\n\nthat is\n")
+    (root / "in" / "test.txt").write_text("to or be\n")
+    options = {"kind": "lines", "out": root / "tfds"}
+    preparing.prepare(preparing.Options(source=root / "in", name="poems", **options))
+    return str(root / "tfds")
+
+
+@pytest.mark.parametrize("rows", ["windows", "streams"])
+def test_rows_of_tfds_are_read_as_lines_of_a_file_are(poems, tmp_path, rows):
+    for name, text in (("train", "to be or\nnot to be\n\nthat is\n"), ("test", "to or be\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    given = {"tokens": "words", "length": 3, "rows": rows}
+    ours = Text(tfds="poems", data_dir=poems, train="train", validation="test", **given).load()
+    file = {"train": "train.txt", "validation": "test.txt"}
+    theirs = Text(**{k: str(tmp_path / v) for k, v in file.items()}, **given).load()
+    assert ours.files == theirs.files
+    for name in ("train", "validation"):
+        np.testing.assert_array_equal(ours[name].tokens, theirs[name].tokens)
+    share = Text(tfds="poems", data_dir=poems, train="train", validation_share=0.4, **given)
+    assert {name: len(split) for name, split in share.load().items()} == {
+        "train": 7,
+        "validation": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tfds": "odes"}, "has no data set odes"),
+        ({"train": "training"}, "the split training cannot be read"),
+        ({"feature": "line"}, "data.feature: poems has no text line; it has text"),
+        ({"tokens": "characters", "validation": "test[:0]"}, "is empty"),
+    ],
+)
+def test_mistakes_about_tfds_texts(poems, fields, message):
+    given = {"tfds": "poems", "data_dir": poems, "train": "train", "validation": "test"}
+    with pytest.raises(UserError, match=message):
+        Text(**{**given, "tokens": "words", "length": 2} | fields).load()
+
+
+def test_a_bad_row_of_tfds_is_named(poems):
+    source = Text(
+        tfds="poems",
+        data_dir=poems,
+        train="test",
+        validation="train",
+        tokens="characters",
+        length=2,
+    )
+    with pytest.raises(UserError, match=r"poems-train.*, row 1: the training text has no char"):
+        source.load()

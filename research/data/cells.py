@@ -69,10 +69,11 @@ def int_of(value: Any) -> int | None:
     return int(value) if abs(value) < 2**53 and value == int(value) else None
 
 
-def read(path: pathlib.Path, separator: str | None, skip: Bad) -> Cells:
+def read(path: pathlib.Path, separator: str | None, skip: Bad, quotes: bool = True) -> Cells:
     """Reads a table whose first row names its columns.
 
-    separator: between the cells of a line; None: by the file's ending. Raises UserError for a
+    separator: between the cells of a line; None: by the file's ending. quotes: a cell may stand in
+    quotes; False: quotes are characters as others are. Raises UserError for a
     file that is no table.
     """
     if not path.is_file():
@@ -84,7 +85,7 @@ def read(path: pathlib.Path, separator: str | None, skip: Bad) -> Cells:
         if between is None:
             known = ", ".join((*SEPARATORS, *PARQUET))
             raise UserError(f"{path} ends in none of {known}: give its separator")
-        names, rows, unit = *_csv(path, between), "line"
+        names, rows, unit = *_csv(path, between, quotes), "line"
     for i, name in enumerate(names):
         if not name:
             raise UserError(f"{path}: column {i + 1} has no name")
@@ -107,8 +108,8 @@ Places = Iterator[tuple[int, Row | str]]
 """Rows by their places; or what is wrong with one."""
 
 
-def _csv(path: pathlib.Path, separator: str) -> tuple[list[str], Places]:
-    rows = _lines(path, separator)
+def _csv(path: pathlib.Path, separator: str, quotes: bool) -> tuple[list[str], Places]:
+    rows = _lines(path, separator, quotes)
     place, names = next(rows, (1, "the file is empty"))
     if isinstance(names, str):
         raise UserError(f"{path}, line {place}: {names}")
@@ -123,11 +124,12 @@ def _csv(path: pathlib.Path, separator: str) -> tuple[list[str], Places]:
     return list(names), checked()
 
 
-def _lines(path: pathlib.Path, separator: str) -> Places:
+def _lines(path: pathlib.Path, separator: str, quotes: bool) -> Places:
     """The rows of a CSV by the lines they begin in. Empty lines are none."""
     # Bytes that are not UTF-8 are let through to be found in their row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=separator, strict=True)
+        quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
         while True:
             place = reader.line_num + 1
             try:

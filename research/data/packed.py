@@ -1,10 +1,8 @@
 """Packed sequences: whole documents side by side in a row, for models that keep them apart."""
 
 import dataclasses
-import itertools
-import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
@@ -152,14 +150,6 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
             there |= 1 << (room - size)
     found[order] = placed
     return found
-
-
-def documents(text: str, by: Literal["line", "blank_line"]) -> list[str]:
-    """A text's documents: what ends with a line, or with blank lines. Joined they are the text."""
-    end = r"\n+" if by == "line" else r"\n(?:[ \t\r]*\n)+"
-    ends = [match.end() for match in re.finditer(end, text)]
-    cuts = [0, *ends, len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -1,9 +1,8 @@
 """Text from files: to predict, token by token, and to classify."""
 
-import csv
+import copy
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import pathlib
@@ -14,9 +13,11 @@ import numpy as np
 from annotated_types import Ge, Interval
 
 from research import UserError
-from research.data import files
+from research.data import cells, files, packed
 from research.data.bad import Bad, Checked
-from research.data.splits import Examples, Splits, Streams, Windows
+from research.data.cells import Cells
+from research.data.splits import Examples, Split, Splits, Streams, Windows
+from research.data.tfds import Texts
 from research.data.tokens import (
     BPE,
     PADDING,
@@ -27,11 +28,7 @@ from research.data.tokens import (
     Tokenizer,
     Words,
     dumps,
-    lines,
 )
-
-ROWS: dict[str, Any] = {"windows": Windows, "streams": Streams}
-"""How rows of a batch are cut from tokens, by the name that `Text.rows` has for it."""
 
 _INVALID = re.compile("[\udc80-\udcff]")
 """Bytes that are no UTF-8, as they are decoded."""
@@ -39,7 +36,8 @@ _INVALID = re.compile("[\udc80-\udcff]")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text(Checked):
-    """Language modelling on files of UTF-8: inputs, targets: [batch, length] int32.
+    """Language modelling on files of UTF-8, or on a text feature of TFDS's: inputs, targets:
+    [batch, length] int32.
 
     The vocabulary comes from the training text. Tokens are kept in the cache, and mapped. A bad
     line is one that is not UTF-8 (bytes have none) or that has a character which training lacks;
@@ -50,9 +48,16 @@ class Text(Checked):
     """The training file, below $ERGON_DATA where it is not found as it is named."""
     validation: str | None = None
     test: str | None = None
+    tfds: str | None = None
+    """A TFDS data set that train, validation and test are then splits of, in TFDS's syntax; each of
+    its rows is what a line is of a file."""
+    data_dir: str = "tfds"
+    """Folder of TFDS data sets, as it stands or below $ERGON_DATA."""
+    feature: str | None = None
+    """Of a TFDS data set; None: its only text."""
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
-    """Of the training file's characters, the last; where there is no validation file. Words are
-    divided at the end of a line."""
+    """Of the training text's characters, the last; where there is no validation text. Words,
+    documents and the rows of TFDS stay whole."""
     tokens: Kind
     """words: <unk>, <eos> at the end of every line, and what stands between white space; bpe: byte
     pairs, of the package `tokenizers`."""
@@ -62,8 +67,11 @@ class Text(Checked):
     """A character that training lacks is a token of its own, the last; False: its line is bad."""
     length: Annotated[int, Ge(1)]
     """Tokens predicted in a row of a batch."""
-    rows: Literal["windows", "streams"] = "windows"
-    """streams: rows continue from batch to batch, for models that carry their state."""
+    rows: Literal["windows", "streams", "packed"] = "windows"
+    """streams: rows continue from batch to batch, for models that carry their state. packed: whole
+    documents side by side, for models that keep them apart (`research.data.packed`)."""
+    documents: Literal["line", "blank_line"] = "line"
+    """What ends a document that is packed: a line (or row), or lines with nothing on them."""
 
     def __post_init__(self) -> None:
         least = {"words": 3, "bpe": 256}.get(self.tokens)
@@ -78,46 +86,64 @@ class Text(Checked):
 
     def load(self) -> Splits:
         given = {"train": self.train, "validation": self.validation, "test": self.test}
-        paths = {name: files.find(path) for name, path in given.items() if path is not None}
-        share = self.validation_share if self.validation is None else None
+        read = _File if self.tfds is None else self._texts
+        sources: dict[str, Any] = {name: read(at) for name, at in given.items() if at is not None}
+        share = None if self.validation else self.validation_share
+        packing = self.documents if self.rows == "packed" else None
         options = [share, self.tokens, self.vocab, self.unknown, self.on_bad, self.max_bad]
-        key = ["text", list(paths), files.stamp(*paths.values()), options]
-        folder = files.cached(key, functools.partial(self._make, paths))
+        keys = {name: source.key() for name, source in sources.items()}
+        key = ["text", keys, options, packing, self.length if packing else None]
+        folder = files.cached(key, functools.partial(self._make, sources))
         arrays = files.mapped(folder)
+        names = [name for name in ("train", "validation", "test") if name in arrays]
         return Splits(
-            {
-                name: ROWS[self.rows](arrays[name], self.length, arrays.get(f"{name}.bad"))
-                for name in ("train", "validation", "test")
-                if name in arrays
-            },
+            {name: self._split(arrays, name) for name in names},
             {"tokenizer.json": (folder / "tokenizer.json").read_text()},
             json.loads((folder / "notes.json").read_text()),
         )
 
-    def _make(self, paths: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
+    def _texts(self, split: str) -> Texts:
+        return Texts(self.tfds or "", self.data_dir, split, self.feature)
+
+    def _split(self, arrays: dict[str, np.ndarray], name: str) -> Split:
+        tokens, bad = arrays[name], arrays.get(f"{name}.bad")
+        if self.rows == "packed":
+            index = {key: arrays[f"{name}.{key}"] for key in ("starts", "sizes", "rows")}
+            return packed.Packed(tokens, self.length, **index, bad=bad)
+        kind = Windows if self.rows == "windows" else Streams
+        return kind(tokens, self.length, bad)
+
+    def _make(self, sources: dict[str, Any], folder: pathlib.Path) -> None:
         bad = self.bad()
-        parts = {name: _Part(path, _read(path)) for name, path in paths.items()}
+        parts = {name: _Part(source) for name, source in sources.items()}
         if "validation" not in parts:
-            parts |= _divided(parts["train"], self.validation_share, self.tokens == "words")
+            whole = self.tokens == "words" or self.rows == "packed" or self.tfds is not None
+            parts |= _divided(parts["train"], self.validation_share, whole)
         if self.tokens != "bytes":
             for part in parts.values():
                 part.check(bad)
         if not parts["train"].good():
-            raise UserError(f"{parts['train'].path} has no line to train on")
+            raise UserError(f"{parts['train'].name} has no line to train on")
         tokenizer = self._tokenizer(parts["train"].good())
+        notes = []
         for name, part in parts.items():
             if isinstance(tokenizer, Characters):
                 part.fit(tokenizer, bad)
-            encoded, skipped = part.encoded(tokenizer)
+            by = self.documents if self.rows == "packed" else None
+            encoded, skipped, offsets = part.encoded(tokenizer, by)
             if len(encoded) < 2:
-                raise UserError(f"{part.path}: {name} has {len(encoded)} tokens, and needs 2")
+                raise UserError(f"{part.name}: {name} has {len(encoded)} tokens, and needs 2")
             if skipped.all():
-                raise UserError(f"{part.path}: every line of {name} is bad")
+                raise UserError(f"{part.name}: every line of {name} is bad")
             np.save(folder / f"{name}.npy", encoded)
             if self.on_bad == "skip":
                 np.save(folder / f"{name}.bad.npy", skipped)
+            if by is not None:
+                for key, array in packed.index(offsets, self.length).items():
+                    np.save(folder / f"{name}.{key}.npy", array)
+                notes.append(f"{name}: {len(offsets) - 1:,} documents packed")
         (folder / "tokenizer.json").write_text(dumps(tokenizer))
-        (folder / "notes.json").write_text(json.dumps(bad.notes()))
+        (folder / "notes.json").write_text(json.dumps([*bad.notes(), *notes]))
 
     def _tokenizer(self, training: list[str]) -> Tokenizer:
         match self.tokens:
@@ -133,7 +159,7 @@ class Text(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledText(Checked):
-    """Classification of texts from files with a header: .tsv (cells as they are) or .csv (quoted).
+    """Classification of texts from .tsv (cells as they are), .csv or .parquet, with a header.
 
     inputs: [batch, length] int32, words padded with 0; lengths, targets: [batch] int32. The
     vocabulary comes from the training rows: <pad>, <unk>, then words. A bad row has another number
@@ -174,20 +200,22 @@ class LabelledText(Checked):
         """Texts and labels by split, as they are in the files; a bad row has no label."""
         given = {"train": self.train, "validation": self.validation, "test": self.test}
         paths = {name: files.find(path) for name, path in given.items() if path is not None}
-        tables = {name: _Table(path) for name, path in paths.items()}
+        tables = {
+            name: cells.read(path, None, bad, quotes=path.suffix != ".tsv")
+            for name, path in paths.items()
+        }
         for table in tables.values():
-            table.check(tables["train"], (self.label, self.text))
+            self._check(table, tables["train"])
         found = {
-            name: [self._row(table, where, cells, bad) for where, cells in table.rows]
-            for name, table in tables.items()
+            name: [self._row(table, i) for i in range(len(table))] for name, table in tables.items()
         }
         classes = {label for _, label in found["train"]} - {None}
         for name, table in tables.items():
             for i, (text, label) in enumerate(found[name]):
                 if label not in {*classes, None}:
-                    bad(table.rows[i][0], f"no training row has the label {label}")
+                    table.refuse(i, f"no training row has the label {label}")
                     found[name][i] = text, None
-            if all(label is None for _, label in found[name]):
+            if table.bad.all():
                 raise UserError(f"{table.path}: {name} has no row that can be read")
         if "validation" not in found:
             found |= self._divided(found["train"])
@@ -198,19 +226,29 @@ class LabelledText(Checked):
                 )
         return {name: found[name] for name in ("train", "validation", "test") if name in found}
 
-    def _row(
-        self, table: "_Table", where: str, cells: list[str], bad: Bad
-    ) -> tuple[str, int | None]:
-        if len(cells) != len(table.header):
-            bad(where, f"{len(cells)} cells, and the header has {len(table.header)}")
+    def _check(self, table: Cells, train: Cells) -> None:
+        """Raises UserError where a column is not there, or not the same as in training."""
+        for name in (self.label, self.text):
+            if name not in table.names:
+                raise UserError(
+                    f"{table.path} has no column {name!r}; it has {', '.join(table.names)}"
+                )
+        if table.names != train.names:
+            raise UserError(
+                f"{table.path} has the columns {', '.join(table.names)}, and {train.path} "
+                f"{', '.join(train.names)}"
+            )
+        if not len(table):
+            raise UserError(f"{table.path} has no rows")
+
+    def _row(self, table: Cells, i: int) -> tuple[str, int | None]:
+        if table.bad[i]:
             return "", None
-        label, text = (cells[table.header.index(name)] for name in (self.label, self.text))
-        if any(map(_INVALID.search, cells)):
-            bad(where, "not UTF-8")
-        elif not text.split():
-            bad(where, "the text is empty")
-        elif not re.fullmatch("[0-9]{1,9}", label.strip()):
-            bad(where, f"a label is an integer from 0, not {label!r}")
+        label, text = (table.column(name, np.array([i]))[0] for name in (self.label, self.text))
+        if not text:
+            table.refuse(i, "the text is empty")
+        elif not re.fullmatch("[0-9]{1,9}", label):
+            table.refuse(i, f"a label is an integer from 0, not {label!r}")
         else:
             return text, int(label)
         return text, None
@@ -246,69 +284,51 @@ class LabelledText(Checked):
         return Examples(found)
 
 
-class _Table:
-    """A file of cells: its header, and its rows with their places."""
+class _File:
+    """A file's lines; only a line feed ends one."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-        if path.suffix not in (".tsv", ".csv"):
-            raise UserError(f"{path} must be a .tsv or a .csv")
-        text = _read(path).removeprefix("\ufeff")
-        tabs: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True, **tabs)
-        self.header: list[str] = []
-        self.rows: list[tuple[str, list[str]]] = []
-        first = 1
+    def __init__(self, path: str) -> None:
+        self.path = self.name = files.find(path)
+
+    def rows(self) -> list[bytes]:
         try:
-            for cells in reader:
-                if self.header:
-                    self.rows.append((f"{path}, line {first}", cells))
-                else:
-                    self.header = cells
-                first = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{path}, line {first}: {error}") from None
-        if not self.rows:
-            raise UserError(f"{path} has no rows")
+            return re.findall(rb"[^\n]*\n|[^\n]+", self.path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
 
-    def check(self, other: "_Table", columns: tuple[str, ...]) -> None:
-        """Raises UserError where a column is not there, or not the same as in the other file."""
-        for column in columns:
-            if column not in self.header:
-                raise UserError(
-                    f"{self.path} has no column {column!r}; it has {', '.join(self.header)}"
-                )
-        if self.header != other.header:
-            raise UserError(
-                f"{self.path} has the columns {', '.join(self.header)}, and {other.path} "
-                f"{', '.join(other.header)}"
-            )
+    def where(self, i: int) -> str:
+        return f"{self.path}, line {i + 1}"
+
+    def key(self) -> list[Any]:
+        return files.stamp(self.path)
 
 
 class _Part:
-    """The lines of a file, or of a part of it, that a split is of; and which of them are bad."""
+    """The lines of a source, or of a part of it, that a split is of; and which of them are bad."""
 
-    def __init__(self, path: pathlib.Path, text: str, first: int = 1) -> None:
-        """first: the number of the first line."""
-        self.path, self.text, self.first = path, text, first
-        self.lines = lines(text)
+    def __init__(self, source: Any) -> None:
+        self.name, self._source, self._first = source.name, source, 0
+        # Bytes that are no UTF-8 are surrogates, which no text has.
+        self.lines = [row.decode("utf-8", "surrogateescape") for row in source.rows()]
         self.bad = [False] * len(self.lines)
+
+    def of(self, lines: list[str], first: int) -> "_Part":
+        """Some of the lines, of which the first has that number."""
+        part = copy.copy(self)
+        part.lines, part.bad, part._first = lines, [False] * len(lines), first
+        return part
 
     def good(self) -> list[str]:
         return [line for line, bad in zip(self.lines, self.bad, strict=True) if not bad]
 
     def check(self, bad: Bad) -> None:
         """Finds lines that are not UTF-8, and makes them so."""
-        if not _INVALID.search(self.text):
-            return
         for i, line in enumerate(self.lines):
             if _INVALID.search(line):
                 self._found(i, _INVALID.sub("\ufffd", line), "not UTF-8", bad)
 
     def fit(self, characters: Characters, bad: Bad) -> None:
         """Finds lines with characters that are not to be encoded, and gives them others."""
-        if characters.missing(self.text) is None:
-            return
         for i, line in enumerate(self.lines):
             missing = characters.missing(line)
             if missing is not None:
@@ -318,36 +338,48 @@ class _Part:
 
     def _found(self, i: int, line: str, reason: str, bad: Bad) -> None:
         if not self.bad[i]:
-            bad(f"{self.path}, line {self.first + i}", reason)
+            bad(self._source.where(self._first + i), reason)
         self.lines[i], self.bad[i] = line, True
 
-    def encoded(self, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, in the smallest dtype that holds all there are, and which are of bad lines."""
+    def encoded(
+        self, tokenizer: Tokenizer, by: Literal["line", "blank_line"] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, in the smallest dtype that holds all there are; which of them are of bad lines;
+        and where documents begin, and the end."""
         dtype = np.min_scalar_type(tokenizer.size - 1)
         found, skipped = [np.zeros(0, dtype)], [np.zeros(0, bool)]
-        for bad, run in itertools.groupby(range(len(self.lines)), self.bad.__getitem__):
+        offsets, size = [0], 0
+        document = self._documents(by)
+        runs = itertools.groupby(range(len(self.lines)), lambda i: (document[i], self.bad[i]))
+        for (n, bad), run in runs:
             ids = tokenizer.encode("".join(self.lines[i] for i in run))
+            offsets += [size] * (n + 1 - len(offsets))
+            size += len(ids)
             found.append(ids.astype(dtype))
             skipped.append(np.full(len(ids), bad))
-        return np.concatenate(found), np.concatenate(skipped)
+        return np.concatenate(found), np.concatenate(skipped), np.array([*offsets, size])
+
+    def _documents(self, by: Literal["line", "blank_line"] | None) -> list[int]:
+        """The number of each line's document. An empty line ends the one before it."""
+        if by != "blank_line":
+            return [0] * len(self.lines) if by is None else list(range(len(self.lines)))
+        there = [bool(line.strip()) for line in self.lines]
+        begins = [now and not before for before, now in itertools.pairwise([True, *there])]
+        return list(itertools.accumulate(map(int, begins)))
 
 
-def _read(path: pathlib.Path) -> str:
-    """A file's text. Bytes that are no UTF-8 are surrogates, which no text has."""
-    try:
-        return path.read_bytes().decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _divided(part: _Part, share: float, at_a_line: bool) -> dict[str, _Part]:
-    """train and validation: the last share of the characters, at_a_line whole lines."""
-    text = part.text
-    cut = int(len(text) * (1 - share))
-    if at_a_line:
-        cut = text.find("\n", cut) + 1 or len(text)
-    line = text.count("\n", 0, cut) + 1
-    return {
-        "train": _Part(part.path, text[:cut]),
-        "validation": _Part(part.path, text[cut:], line),
-    }
+def _divided(part: _Part, share: float, whole: bool) -> dict[str, _Part]:
+    """train and validation: the last share of the characters, or of whole lines with as many."""
+    ends = np.cumsum([len(line) for line in part.lines])
+    cut = int((ends[-1] if len(ends) else 0) * (1 - share))
+    i = int(np.searchsorted(ends, cut, side="right"))
+    head = part.lines[:i]
+    rest = part.lines[i:]
+    inside = cut - (int(ends[i - 1]) if i else 0)
+    first = i
+    if rest and inside:
+        if whole:
+            head, rest, first = [*head, rest[0]], rest[1:], i + 1
+        else:
+            head, rest = [*head, rest[0][:inside]], [rest[0][inside:], *rest[1:]]
+    return {"train": part.of(head, 0), "validation": part.of(rest, first)}

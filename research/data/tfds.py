@@ -181,17 +181,7 @@ class _Rows:
         self.features, self.size, self.split = features, size, split
         self.name = builder.info.full_name
         skip = {features.inputs: tfds.decode.SkipDecoding()} if features.image else None
-        try:
-            if builder.info.splits[split].num_examples < 1:
-                raise UserError(f"{self.name}: the split {split} is empty")
-            self.source = builder.as_data_source(split=split, decoders=skip)
-            instructions = builder.info.splits[split].file_instructions
-        except UserError:
-            raise
-        except (ValueError, KeyError, NotImplementedError, AssertionError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.name}: the split {split} cannot be read: {reason}") from None
-        self.files = [(pathlib.Path(i.filename), i.skip, i.take) for i in instructions]
+        self.source, self.files = _source(builder, split, skip)
         shape = builder.info.features[features.inputs].shape
         self.shape = shape if size is None else (*size, shape[-1])
         dtype = builder.info.features[features.inputs].np_dtype
@@ -209,13 +199,7 @@ class _Rows:
         return len(self) * int(np.prod(self.shape)) * self.dtype.itemsize
 
     def where(self, i: int) -> str:
-        """The file of a row, and its place in it from 0."""
-        for path, skip, take in self.files:
-            length = take if take >= 0 else len(self)
-            if i < length:
-                return f"{path}, row {skip + i}"
-            i -= length
-        return f"{self.name} {self.split}, row {i}"
+        return _place(self.files, i)
 
     def blank(self) -> tuple[np.ndarray, np.ndarray]:
         """What stands in the place of a bad row."""
@@ -251,6 +235,69 @@ def _narrowed(name: str, value: Any, dtype: np.dtype) -> np.ndarray:
     if not fits.all():
         raise ValueError(f"{name} is too large for {dtype}")
     return found
+
+
+class Texts:
+    """The rows of a split's text feature, as bytes."""
+
+    def __init__(self, name: str, data_dir: str, split: str, feature: str | None) -> None:
+        from tensorflow_datasets import features as kinds
+
+        builder = _builder(name, data_dir)
+        features = dict(builder.info.features)
+        among = [k for k, v in features.items() if isinstance(v, kinds.Text)]
+        if feature is None and len(among) != 1:
+            known = ", ".join(sorted(features))
+            raise UserError(f"data.feature: {len(among)} texts among {known}: name one")
+        if feature is not None and feature not in among:
+            raise UserError(
+                f"data.feature: {name} has no text {feature}; it has {', '.join(among)}"
+            )
+        self.name, self.split, self.feature = builder.info.full_name, split, feature or among[0]
+        self.source, self.files = _source(builder, split, None)
+
+    def rows(self) -> list[bytes]:
+        """Each with an end of line, as a file has them."""
+        found = (row[self.feature] for row in self.source)
+        return [text if text.endswith(b"\n") else text + b"\n" for text in found]
+
+    def where(self, i: int) -> str:
+        return _place(self.files, i)
+
+    def key(self) -> list[Any]:
+        """What tells these rows from others, unread."""
+        stamps = [[skip, take, files.stamp(path)] for path, skip, take in self.files]
+        return [self.name, self.split, self.feature, stamps]
+
+
+Files = list[tuple[pathlib.Path, int, int]]
+"""A split's files, and in each the first row that is of it and how many are; -1: to the end."""
+
+
+def _source(builder: Any, split: str, decoders: Any) -> tuple[Any, Files]:
+    """The rows of a split, and where they are. Raises UserError where there are none."""
+    name = builder.info.full_name
+    try:
+        info = builder.info.splits[split]
+        if info.num_examples < 1:
+            raise UserError(f"{name}: the split {split} is empty")
+        source = builder.as_data_source(split=split, decoders=decoders)
+        found = [(pathlib.Path(i.filename), i.skip, i.take) for i in info.file_instructions]
+    except UserError:
+        raise
+    except (ValueError, KeyError, NotImplementedError, AssertionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: the split {split} cannot be read: {reason}") from None
+    return source, found
+
+
+def _place(found: Files, i: int) -> str:
+    """The file of a row of a split, and its place in it from 0."""
+    for path, skip, take in found:
+        if take < 0 or i < take:
+            return f"{path}, row {skip + i}"
+        i -= take
+    raise IndexError(i)
 
 
 def _image(encoded: bytes, shape: Sequence[int], size: Size | None) -> np.ndarray:
