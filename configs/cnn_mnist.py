@@ -1,10 +1,12 @@
-"""CNN on MNIST: 3x3 convolutions of 32 and 64, dense 128.
+r"""CNN on MNIST: 3x3 convolutions of 32 and 64, dense 128.
 
     for k in 0 1 2; do
-        ERGON_DATA=../shared/data python scripts/train.py configs/cnn_mnist.py --seed $k \\
+        ERGON_DATA=../shared/data python scripts/train.py configs/cnn_mnist.py --seed $k \
             --workdir runs/cnn_mnist_$k
     done
 
+One seed: test accuracy 99.36%; target 99.2%. The test images are looked at during training, and
+choose nothing. 27 min on 2 CPU cores that had much else to do.
 """
 
 from research.augment import Augment

@@ -1,10 +1,12 @@
-"""LeNet-5 on MNIST.
+r"""LeNet-5 on MNIST.
 
     for k in 0 1 2; do
-        ERGON_DATA=../shared/data python scripts/train.py configs/lenet_mnist.py --seed $k \\
+        ERGON_DATA=../shared/data python scripts/train.py configs/lenet_mnist.py --seed $k \
             --workdir runs/lenet_mnist_$k
     done
 
+Three seeds: test accuracy 99.32%, 99.31%, 99.33%; target 99.0%. The test images are looked at
+during training, and choose nothing. A run took 6 min on 2 busy CPU cores.
 """
 
 from research.augment import Augment

@@ -1,4 +1,11 @@
-"""A small ResNet on CIFAR-10."""
+r"""A small ResNet on CIFAR-10: one block a stage, 64 to 256 wide, 1.2 million parameters.
+
+    ERGON_DATA=../shared/data python scripts/train.py configs/resnet_cifar10.py \
+        --workdir runs/resnet_cifar10
+
+Not trained to its end yet: 56.6% of the test images after 1,000 of its 7,000 steps, 0.7 to 0.9 s a
+step on 2 busy CPU cores; target 90%. The same command continues it.
+"""
 
 from research.augment import Augment
 from research.data.tfds import TFDS

@@ -109,6 +109,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         features = {"image": image, "other": image, "label": label, "kind": label}
         features |= {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32)}
         features |= {"y": tfds.features.Scalar(dtype=np.float32)}
+        features |= {"text": tfds.features.Text(), "title": tfds.features.Text()}
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -119,6 +120,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for i in range(48):
             row = {"label": i % 3, "kind": i // 2 % 3, "x": np.float32([i % 3, -1])}
             row["y"] = float("nan" if i == 5 else i)
+            row["text"] = " ".join(rng.choice(["to", "be", "or", "not"], 5))
+            row["title"] = " ".join(rng.choice(["la", "li", "lo"], 5))
             for name in ("image", "other"):
                 png = io.BytesIO()
                 Image.fromarray(rng.integers(0, 256, (8, 8)).astype(np.uint8)).save(png, "png")
@@ -129,8 +132,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def unprepared(root, name, seed=0):
-    """Gives TFDS the code of a data set: two images and two labels, and x, whose first number is
-    the label; y is no number in row 5."""
+    """Gives TFDS the code of a data set: two images, two labels, two texts, x, whose first number
+    is the label, and y, which is no number in row 5."""
     package = root / f"code_{name}" / name
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

@@ -23,11 +23,15 @@ EXPECTED = {
     **{(name, target): flops for name, flops in SCORES.items() for target in ahead.TARGETS},
     # The gradient of one hidden product, 20 steps of 20 x 200 x 800, is not computed by itself.
     ("lstm_ptb", "cuda"): {causes.REMOVED: -2 * 20 * 20 * 200 * 800},
-    ("mlp_cancer", "tpu"): ONE_UNIT,
-    ("mlp_cancer", "cuda"): ONE_UNIT,
-    ("lenet_digits", "cuda"): {
-        causes.PADDED: 2 * 64 * (16 * 120 + 8 * 84 + 12 * 120 + 8 * 400),
+    **{(name, at): ONE_UNIT for name in ("mlp_cancer", "mlp_titanic") for at in ahead.TARGETS},
+    **{
+        (name, "cuda"): {
+            causes.PADDED: 2 * batch * (16 * 120 + 8 * 84 + 12 * 120 + 8 * 400),
+        }
+        for name, batch in (("lenet_digits", 64), ("lenet_mnist", 128))
     },
+    # The dense layer's 3136 inputs become 3200.
+    ("cnn_mnist", "cuda"): {causes.PADDED: 2 * 128 * 64 * 128},
 }
 
 # Batches of 20 and 50 rows are filled up by as much as the kernels that XLA for GPU picks ask for.

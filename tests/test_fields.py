@@ -171,6 +171,14 @@ atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 for seed, name in enumerate(("ergon_images", "ergon_others")):
     made.unprepared(pathlib.Path(FOLDER), name, seed)
 IMAGES = tfds.TFDS(name="ergon_images", data_dir=FOLDER, inputs="image", targets="label")
+TFDS_TEXT = {
+    "data.tfds": "ergon_images",
+    "data.data_dir": FOLDER,
+    "data.feature": "text",
+    "data.train": "train",
+    "data.validation": "test",
+}
+PACKS = TransformerConfig(vocab=300, context=4, layers=1, heads=1, width=4)
 TABLE = Table(path="tests/table.csv", target="label")
 BASES: dict[str, tuple[Experiment, str]] = {
     "encoder": (tiny.mlp(model=ENCODER, data=Labelled()), "model"),
@@ -304,6 +312,9 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
         for name in ("train", "validation", "test")
     },
     "Text.vocab": lambda e: [4],
+    "Text.tfds": lambda e: ["ergon_others"],
+    "Text.data_dir": lambda e: ["nowhere"],
+    "Text.feature": lambda e: ["title"],
     "LabelledText.vocab": lambda e: [4],
     "LabelledText.min_count": lambda e: [150],
     "LabelledText.text": lambda e: ["title"],
@@ -347,6 +358,10 @@ BESIDE: dict[str, Any] = {
     "PythonReference.stream": {
         "model": RecurrentConfig(cell="rnn", vocab=999, outputs=999, width=8)
     },
+    "Text.tfds": TFDS_TEXT,
+    "Text.data_dir": TFDS_TEXT,
+    "Text.feature": TFDS_TEXT,
+    "Text.documents": {"data.rows": "packed", "model": PACKS},
     "Text.rows": {"model": RecurrentConfig(cell="rnn", vocab=999, outputs=999, width=8)},
     # Where there is no file of their own.
     "Text.validation_share": {"data.validation": None},
@@ -414,7 +429,13 @@ experiment. What then counts is named too: something that only the field has a h
 
 SPEED = {"Experiment.workers", "TFDS.threads"}
 """Fields that change how fast data is made, and none of it: see test_tfds."""
-REFUSES = {"Parallel.data", "TFDS.data_dir", "Table.max_categories", "Checked.max_bad"}
+REFUSES = {
+    "Parallel.data",
+    "TFDS.data_dir",
+    "Text.data_dir",
+    "Table.max_categories",
+    "Checked.max_bad",
+}
 """Fields that choose nothing: they say what a run needs, and refuse a machine or data without
 it; or how much of the data may be odd."""
 
