@@ -38,9 +38,9 @@ def test_waiting_is_seen_where_batches_are_slow():
         reading.measure(tiny.mlp(data=Source(slow=slow)), rounds=3, seconds=0.1)
         for slow in (True, False)
     )
-    assert slow.waiting > max(0.5, quick.waiting)
+    assert slow.waiting > 0.5 > quick.waiting
     assert slow.supply < 16 / 0.01
-    assert quick.supply > slow.supply
+    assert quick.supply > 2 * slow.supply
     for found in (slow, quick):
         low, high = found.spread
         assert low <= found.waiting <= high
