@@ -173,7 +173,7 @@ class Features:
 
 
 class _Rows:
-    """The rows of a split as they are read: `rows[i]` is a dict of arrays."""
+    """The rows of a split as they are read: `rows[i]` is (inputs, target)."""
 
     def __init__(self, builder: Any, split: str, features: Features, size: Size | None) -> None:
         import tensorflow_datasets as tfds
@@ -266,8 +266,7 @@ class Texts:
 
     def key(self) -> list[Any]:
         """What tells these rows from others, unread."""
-        stamps = [[skip, take, files.stamp(path)] for path, skip, take in self.files]
-        return [self.name, self.split, self.feature, stamps]
+        return [self.name, self.split, self.feature, _stamps(self.files)]
 
 
 Files = list[tuple[pathlib.Path, int, int]]
@@ -289,6 +288,11 @@ def _source(builder: Any, split: str, decoders: Any) -> tuple[Any, Files]:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: the split {split} cannot be read: {reason}") from None
     return source, found
+
+
+def _stamps(found: Files) -> list[Any]:
+    """What tells a split's files from others, unread."""
+    return [[skip, take, files.stamp(path)] for path, skip, take in found]
 
 
 def _place(found: Files, i: int) -> str:
@@ -330,8 +334,7 @@ def _split(rows: _Rows, source: TFDS, bad: Bad) -> Split:
     asked = dataclasses.asdict(source)
     for unread in ("data_dir", "train", "validation", "test", "cache_gb", "threads", "max_bad"):
         del asked[unread]
-    stamps = [[skip, take, files.stamp(path)] for path, skip, take in rows.files]
-    key = {"tfds": rows.name, "split": rows.split, "files": stamps} | asked
+    key = {"tfds": rows.name, "split": rows.split, "files": _stamps(rows.files)} | asked
 
     def make(folder: pathlib.Path) -> None:
         _decode(rows, folder, source)
