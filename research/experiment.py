@@ -36,8 +36,12 @@ RUNNING = (
     "keep",
     "tracker",
     "workers",
+    "data.data_dir",
+    "data.path",
+    "data.threads",
 )
-"""Fields that leave the mathematics of a step alone, so that a continued run may change them."""
+"""Fields that leave the mathematics of a step alone, so that a continued run may change them. Where
+the data lies is one: what it holds is told by its fingerprint."""
 
 
 AVERAGED = "_ema"
@@ -417,4 +421,4 @@ def refusals(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     free = set(RUNNING)
     if new["early_stop"]["patience"] is not None or new["early_stop"]["keep_best"]:
         free.discard("eval_every")
-    return {k: v for k, v in changes(old, new).items() if k.split(".")[0] not in free}
+    return {k: v for k, v in changes(old, new).items() if free.isdisjoint((k, k.split(".")[0]))}

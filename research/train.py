@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 
 from research import checkpoint, compute, parallel, run, timing
-from research.data import splits
 from research.evaluate import mean
 from research.init_from import replaced
 from research.modules import merged, variables
@@ -64,8 +63,13 @@ def init(setup: "Setup", root: jax.Array, given: Mapping[str, jax.Array]) -> Sta
 def train_step(
     setup: "Setup", state: State, batch: Any, root: jax.Array
 ) -> tuple[State, dict[str, Any]]:
-    """One update: (state, batch, root key) -> (the next state, the metrics of the batch)."""
+    """One update: (state, batch, root key) -> (the next state, the metrics of the batch).
+
+    batch: the step's, or the block that it is in.
+    """
     e = setup.experiment
+    if isinstance(batch, parallel.Block):
+        batch = batch.at(state.step)
     # Apart from the keys of the parameters, which are derived from another branch of the root.
     key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
 
@@ -211,15 +215,11 @@ def train(
         step, pending = start, None
         over = e.early_stop.over(state.stop)
         stop = start if over else e.steps
-        batches = splits.training(
-            setup.splits["train"], setup.batch_size, e.seed, start, stop, e.workers
-        )
         clock.restart()
-        for step, batch in enumerate(batches, start + 1):
+        for step, batch in enumerate(setup.feed(start, stop), start + 1):
             trace.before()
-            placed = parallel.put(batch, setup.mesh)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, placed, setup.root)
+                state, metrics = step_fn(state, batch, setup.root)
                 # Of the step before, while this one runs; not of every one where steps are short.
                 if pending and (due(pending[0], e.log_every) or clock.since_lap > 0.1):
                     report(*pending)

@@ -166,6 +166,14 @@ def test_a_continued_run_may_change_how_it_runs_but_not_what_it_computes():
     assert refused(optimizer=slower) == {"optimizer.update.kwargs.learning_rate"}
 
 
+def test_a_continued_run_may_find_its_data_elsewhere():
+    old = changed(data=TFDS(name="mnist"))
+    new = dataclasses.replace(old, data=TFDS(name="mnist", data_dir="there", threads=2))
+    assert not experiment.refusals(*map(experiment.to_json, (old, new)))
+    new = dataclasses.replace(old, data=TFDS(name="mnist", train="train[:9%]"))
+    assert set(experiment.refusals(*map(experiment.to_json, (old, new)))) == {"data.train"}
+
+
 def test_the_pace_of_evaluation_is_fixed_where_it_stops_the_run():
     old = changed(early_stop=EarlyStop(patience=2), eval_every=10)
     new = dataclasses.replace(old, eval_every=20)

@@ -1,7 +1,9 @@
 """Where data is found, and what is kept of it."""
 
 import errno
+import os
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +85,16 @@ def test_what_cannot_be_written_is_said(cache):
     cache.write_text("a file")
     with pytest.raises(UserError, match=f"cannot keep data in {cache}: "):
         files.cached("key", counting)
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(cache):
+    old, young = cache / ".a.1", cache / ".a.2"
+    for folder in (old, young):
+        (folder / "whole").mkdir(parents=True)
+    long_ago = time.time() - files.DAY - 60
+    os.utime(old, (long_ago, long_ago))
+    kept = files.cached("key", counting)
+    assert set(cache.iterdir()) == {young, kept}
 
 
 @pytest.mark.parametrize("kept", [0, 60, 500])

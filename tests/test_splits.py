@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -258,29 +259,56 @@ def test_so_many_batches_are_made_at_once_as_there_are_threads():
 
 
 INTERRUPTED = """
-import os, signal
+import os, signal, sys
 import numpy as np
 from research.data import splits
 
-signal.signal(signal.SIGINT, lambda number, frame: None)
+asked = getattr(signal, sys.argv[1])
+signal.signal(asked, lambda number, frame: None)
 split = splits.Examples({"inputs": np.arange(8), "targets": np.arange(8)})
 for step, _ in enumerate(splits.training(split, 4, 0, 0, 2000, workers=1)):
     if step == 2:
-        os.killpg(0, signal.SIGINT)
+        os.killpg(0, asked)
+    if step == 1000:
+        break
 print(step)
 """
 
 
-def test_an_interrupt_ends_no_worker():
-    # As Ctrl-C does, to every process of the terminal; the run wants to save first.
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_every_process_ends_no_worker(signal):
+    # As Ctrl-C does, and clusters that end a job; the run wants to save first.
     found = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED],
+        [sys.executable, "-c", INTERRUPTED, signal],
         start_new_session=True,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(pathlib.Path.cwd())},
     )
-    assert found.stdout == "1999\n", found.stderr
+    assert found.stdout == "1000\n", found.stderr
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=ids)
+def test_stacked_batches_are_the_batches_of_their_steps(split):
+    for first, count in ((0, 1), (2, 7)):  # 10 rows: an epoch ends in the midst of a batch
+        found = splits.stacked(split, first, count, 4, 1)
+        for i in range(count):
+            assert same({k: v[i] for k, v in found.items()}, split.batch(first + i, 4, 1))
+
+
+def test_small_batches_in_memory_are_made_together():
+    def asked(nbytes, threads=0, workers=0):
+        split = types.SimpleNamespace(threads=threads)
+        return splits.together(split, {"inputs": np.zeros(nbytes, np.uint8)}, workers)
+
+    assert [asked(n) for n in (1, 2**12, 2**16, 2**17 + 1, 2**30)] == [64, 64, 4, 1, 1]
+    assert asked(1, threads=1) == asked(1, workers=1) == 1
+
+
+def test_rows_of_a_map_of_a_file_are_plain_arrays(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(9))
+    split = Examples({"inputs": np.load(tmp_path / "x.npy", mmap_mode="r")})
+    assert type(split.batch(0, 4, 0)["inputs"]) is np.ndarray
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=ids)

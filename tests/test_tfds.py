@@ -102,6 +102,18 @@ def test_what_was_decoded_is_not_decoded_again(folder, monkeypatch):
         source(folder, size=(6, 8)).load()
 
 
+@pytest.mark.parametrize("text", ["", "{", None])
+def test_what_was_decoded_and_damaged_since_is_said(text, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ERGON_CACHE", str(tmp_path))
+    source(folder).load()
+    for kept in tmp_path.rglob("bad.json"):
+        kept.write_text(text or "")
+        if text is None:
+            kept.unlink()
+    with pytest.raises(UserError, match=r"is damaged .*: remove it"):
+        source(folder).load()
+
+
 def test_images_of_other_sizes_are_scaled_and_cut_in_the_middle(folder):
     data = source(folder, size=(3, 3)).load()["train"]
     assert data.rows["inputs"].shape == (40, 3, 3, 3)

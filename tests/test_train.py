@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -6,13 +7,14 @@ import pytest
 import tiny
 
 from research import UserError, checkpoint, compute, parallel, record, train
+from research.data import splits
 from research.data.splits import Examples
 from research.experiment import EarlyStop, Target
 from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
 from research.optim import Optax
 from research.parallel import Parallel
-from research.setup import prepare
+from research.setup import Setup, prepare
 from research.tasks import BinaryClassify
 
 FAMILIES = [tiny.mlp, tiny.lstm, tiny.transformer, tiny.resnet, tiny.vit]
@@ -51,22 +53,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(family, tmp_path):
 
 def test_rows_after_the_checkpoint_of_a_crash_are_replaced(tmp_path, monkeypatch):
     tiny.final_state(tiny.mlp(), tmp_path / "whole")
-    batch = parallel.put
-    seen = []
+    feed = Setup.feed
 
     def crash(*args):
-        seen.append(args)
-        if len(seen) > 11:  # one more than steps: the step is compiled with a batch
-            raise KeyboardInterrupt
-        return batch(*args)
+        yield from itertools.islice(feed(*args), 10)
+        raise KeyboardInterrupt
 
     experiment = tiny.mlp(save_every=4)
     setup = prepare(experiment, ONE)
-    monkeypatch.setattr(train.parallel, "put", crash)
+    monkeypatch.setattr(Setup, "feed", crash)
     with pytest.raises(KeyboardInterrupt):
         train.train(setup, tmp_path / "run", quiet=True)
     assert tiny.rows(tmp_path / "run")[-1]["step"] == 9
-    monkeypatch.setattr(train.parallel, "put", batch)
+    monkeypatch.setattr(Setup, "feed", feed)
     tiny.final_state(experiment, tmp_path / "run")
     assert tiny.rows(tmp_path / "run") == tiny.rows(tmp_path / "whole")
 
@@ -97,15 +96,34 @@ def test_the_loss_falls(family, tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "examples"), [(None, 64), (16, 16), (1, 1)])
-def test_full_batch_mini_batch_and_single_example(batch_size, examples, tmp_path, monkeypatch):
-    sizes = []
-    put = parallel.put
-    monkeypatch.setattr(
-        train.parallel, "put", lambda b, mesh: (sizes.append(len(b["inputs"])), put(b, mesh))[1]
-    )
-    setup = prepare(tiny.mlp(batch_size=batch_size, steps=3), ONE)
+def test_full_batch_mini_batch_and_single_example(batch_size, examples, tmp_path):
+    setup = prepare(tiny.mlp(batch_size=batch_size, steps=3, log_every=1), ONE)
+    assert [len(b.at(i)["inputs"]) for i, b in enumerate(setup.feed(0, 3))] == [examples] * 3
     train.train(setup, tmp_path, quiet=True)
-    assert sizes[:3] == [examples] * 3
+    assert [r["step"] for r in tiny.rows(tmp_path) if r["split"] == "train"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("family", "devices"), [(tiny.mlp, ONE), (tiny.lstm, EIGHT)])
+def test_batches_placed_many_at_once_are_those_placed_one_by_one(
+    family, devices, tmp_path, monkeypatch
+):
+    def trained(name, together):
+        monkeypatch.setattr(splits, "together", lambda *_: together)
+        setup = prepare(family(steps=4, log_every=1), devices)
+        tiny.final_state(setup.experiment, tmp_path / name, devices)  # it continues in mid-block
+        state = tiny.final_state(family(steps=9, log_every=1), tmp_path / name, devices)
+        fed = list(setup.feed(2, 9))
+        if together > 1:
+            assert len({id(block) for block in fed}) == -(-7 // together)
+            fed = [jax.jit(parallel.Block.at)(block, step) for step, block in enumerate(fed, 2)]
+        for key, array in fed[0].items():
+            assert array.sharding.is_equivalent_to(parallel.batched(setup.mesh), array.ndim), key
+        return bits(state), tiny.rows(tmp_path / name), jax.device_get(fed)
+
+    *single, batches = trained("single", 1)
+    *found, taken = trained("together", 3)
+    assert found == single
+    jax.tree.map(np.testing.assert_array_equal, taken, batches)
 
 
 def plain(family, **fields):
@@ -265,14 +283,19 @@ def test_an_example_in_outline_has_the_shapes_and_places_of_a_real_one():
 
 def test_metrics_of_a_step_are_fetched_while_the_next_one_runs(tmp_path, monkeypatch):
     events = []
-    put = parallel.put
+    feed = Setup.feed
     setup = prepare(tiny.mlp(steps=4), ONE)
-    monkeypatch.setattr(setup.__class__, "evaluate", lambda *_: {"validation": {"loss": 0.0}})
-    monkeypatch.setattr(train.parallel, "put", lambda *a: (events.append("start"), put(*a))[1])
+
+    def seen(*args):
+        for batch in feed(*args):
+            events.append("start")
+            yield batch
+
+    monkeypatch.setattr(Setup, "evaluate", lambda *_: {"validation": {"loss": 0.0}})
+    monkeypatch.setattr(Setup, "feed", seen)
     monkeypatch.setattr(record.Recorder, "progress", lambda _, step, loss: events.append(step))
     train.train(setup, tmp_path, quiet=True)
-    # The first start is the batch that the step is compiled with.
-    assert events[1:] == ["start", "start", 1, "start", 2, "start", 3, 4]
+    assert events == ["start", "start", 1, "start", 2, "start", 3, 4]
 
 
 def test_an_accidental_transfer_in_the_loop_is_an_error(tmp_path, monkeypatch):

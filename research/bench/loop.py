@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import UserError, parallel, record
+from research import UserError, record
 from research.experiment import EarlyStop, Experiment
 from research.setup import Setup, prepare
 from research.train import train
@@ -64,10 +64,7 @@ def overhead(experiment: Experiment, rounds: int) -> Overhead:
 def bare(setup: Setup, step: Any, steps: int, chunk: int) -> float:
     """Seconds of a compiled step by itself: the median over chunks of steps, each waited for."""
     state = setup.initial()
-    examples = [
-        setup.splits["train"].batch(i, setup.batch_size, setup.experiment.seed) for i in range(4)
-    ]
-    batches = itertools.cycle([parallel.put(batch, setup.mesh) for batch in examples])
+    batches = itertools.cycle(list(setup.feed(0, 4)))
     seconds = []
     for _ in range(steps // chunk):
         start = time.perf_counter()

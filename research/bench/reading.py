@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import UserError, parallel
+from research import UserError
 from research.data import splits
 from research.data.tfds import TFDS
 from research.experiment import Experiment
@@ -42,23 +42,23 @@ def measure(experiment: Experiment, rounds: int = 7, seconds: float = 2.0) -> In
     setup = prepare(experiment)
     step = setup.step().lower(*setup.example()).compile()
     state = setup.initial()
-    fixed = itertools.cycle([_put(setup, batch) for batch in _some(setup, 4)])
+    fixed = itertools.cycle(list(setup.feed(0, 4)))
     state, once = _steps(setup, step, state, fixed, 3)
     count = int(np.clip(seconds / once, 5, 5000))
-    batches = _endless(setup)
+    batches = setup.feed(0, 1 << 30)
     found = []
     for _ in range(rounds):
         state, alone = _steps(setup, step, state, fixed, count)
-        made = (_put(setup, batch) for batch in batches)
         _use_up(setup, batches)
-        state, fed = _steps(setup, step, state, made, count)
+        state, fed = _steps(setup, step, state, batches, count)
         _use_up(setup, batches)
         start = time.perf_counter()
         for _ in range(count):
-            jax.block_until_ready(_put(setup, next(batches)))
+            jax.block_until_ready(next(batches))
         found.append((alone, fed, (time.perf_counter() - start) / count))
     alone, _, making = map(statistics.median, zip(*found, strict=True))
-    size = sum(array.nbytes for array in _some(setup, 1)[0].values())
+    batch = setup.splits["train"].batch(0, setup.batch_size, experiment.seed)
+    size = sum(array.nbytes for array in batch.values())
     shares = [1 - alone / fed for alone, fed, _ in found]
     return Input(
         supply=setup.batch_size / making,
@@ -69,22 +69,7 @@ def measure(experiment: Experiment, rounds: int = 7, seconds: float = 2.0) -> In
     )
 
 
-def _put(setup: Setup, batch: splits.Batch) -> dict[str, jax.Array]:
-    return parallel.put(batch, setup.mesh)
-
-
-def _some(setup: Setup, n: int) -> list[splits.Batch]:
-    e, train = setup.experiment, setup.splits["train"]
-    return [train.batch(i, setup.batch_size, e.seed) for i in range(n)]
-
-
-def _endless(setup: Setup) -> Iterator[splits.Batch]:
-    """The batches of training, made as training makes them."""
-    e = setup.experiment
-    return splits.training(setup.splits["train"], setup.batch_size, e.seed, 0, 1 << 30, e.workers)
-
-
-def _use_up(setup: Setup, batches: Iterator[splits.Batch]) -> None:
+def _use_up(setup: Setup, batches: Iterator[Any]) -> None:
     """Takes what was made while something else was timed."""
     for _ in range(splits.ahead(setup.splits["train"].threads)):
         next(batches)

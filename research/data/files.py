@@ -1,11 +1,14 @@
 """Where data is found, and where what was made of it is kept."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,8 @@ from research import UserError
 
 VERSION = 1
 """Of what `cached` keeps: a change in how data is read makes it anew."""
+
+DAY = 24 * 3600
 
 
 def find(path: str) -> pathlib.Path:
@@ -42,8 +47,8 @@ def cached(key: Any, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
     """The folder that `make` fills, filled once for each key (JSON values).
 
     It lies in $ERGON_CACHE, or in ergon/ of $XDG_CACHE_HOME or of ~/.cache, and appears whole:
-    processes that make it at once each make their own, and the first stays. Raises UserError
-    where it cannot be written.
+    processes that make it at once each make their own, and the first stays. What a killed one
+    left is removed a day later. Raises UserError where it cannot be written.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     data = pathlib.Path(os.environ.get("ERGON_CACHE") or f"{cache}/ergon") / "data"
@@ -52,6 +57,10 @@ def cached(key: Any, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
         return data / name
     try:
         data.mkdir(parents=True, exist_ok=True)
+        for left in data.glob(".*.*"):
+            with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+                if time.time() - left.stat().st_mtime > DAY:
+                    shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(
             prefix=f".{name}.", dir=data, ignore_cleanup_errors=True
         ) as temporary:
@@ -74,7 +83,14 @@ def mapped(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
     Raises UserError where one is not whole.
     """
-    try:
+    with whole(folder):
         return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
-    except (ValueError, EOFError) as error:
+
+
+@contextlib.contextmanager
+def whole(folder: pathlib.Path) -> Iterator[None]:
+    """Within it a file that is not whole is a UserError: of a folder that `cached` made."""
+    try:
+        yield
+    except (ValueError, EOFError, FileNotFoundError) as error:
         raise UserError(f"{folder} is damaged ({error}): remove it, to have it made anew") from None

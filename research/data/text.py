@@ -95,12 +95,12 @@ class Text(Checked):
         key = ["text", keys, options, packing, self.length if packing else None]
         folder = files.cached(key, functools.partial(self._make, sources))
         arrays = files.mapped(folder)
+        with files.whole(folder):
+            tokenizer = (folder / "tokenizer.json").read_text()
+            notes = json.loads((folder / "notes.json").read_text())
         names = [name for name in ("train", "validation", "test") if name in arrays]
-        return Splits(
-            {name: self._split(arrays, name) for name in names},
-            {"tokenizer.json": (folder / "tokenizer.json").read_text()},
-            json.loads((folder / "notes.json").read_text()),
-        )
+        splits = {name: self._split(arrays, name) for name in names}
+        return Splits(splits, {"tokenizer.json": tokenizer}, notes)
 
     def _texts(self, split: str) -> Texts:
         return Texts(self.tfds or "", self.data_dir, split, self.feature)

@@ -340,7 +340,9 @@ def _split(rows: _Rows, source: TFDS, bad: Bad) -> Split:
         _decode(rows, folder, source)
 
     folder = files.cached(key, make)
-    for where, reason in json.loads((folder / "bad.json").read_text()).items():
+    with files.whole(folder):
+        reasons = json.loads((folder / "bad.json").read_text())
+    for where, reason in reasons.items():
         bad(where, reason)
     return Examples(files.mapped(folder))
 
