@@ -45,6 +45,7 @@ def config() -> Experiment:
         steps=EPOCH * epochs,
         log_every=100,
         eval_every=EPOCH,
+        eval_batch_size=1,
         save_every=EPOCH,
         target=Target(metric="perplexity", value=114.5, split="test", goal="min"),
     )

@@ -171,6 +171,9 @@ class Experiment:
     """The split that is evaluated during training."""
     eval_every: Annotated[int, Ge(1)] | None = None
     """Steps between evaluations; None: only at the end."""
+    eval_batch_size: Annotated[int, Ge(1)] | None = None
+    """Examples that are evaluated at once, over all devices; None: as many as are trained on. A
+    text whose state is carried is read as so many streams, each of which starts from nothing."""
     target: Target | None = None
     log_every: Annotated[int, Ge(1)] = 10
     """Steps between logged rows."""

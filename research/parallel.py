@@ -44,15 +44,20 @@ class Parallel:
                 f"parallel: data {data} x fsdp {self.fsdp} = {data * self.fsdp}, "
                 f"and there are {len(devices)} devices"
             )
-        if batch_size % len(devices):
-            near = batch_size // len(devices) * len(devices)
-            nearest = [n for n in (near, near + len(devices)) if n]
-            raise UserError(
-                f"batch_size {batch_size} does not divide over {len(devices)} devices; "
-                f"nearest that do: {', '.join(map(str, nearest))}"
-            )
+        check_divides("batch_size", batch_size, len(devices))
         types = (AxisType.Auto, AxisType.Auto)
         return jax.make_mesh((data, self.fsdp), ("data", "fsdp"), types, devices=devices)
+
+
+def check_divides(field: str, size: int, devices: int) -> None:
+    """Raises UserError where the rows of a batch do not divide over the devices."""
+    if size % devices:
+        near = size // devices * devices
+        nearest = [n for n in (near, near + devices) if n]
+        raise UserError(
+            f"{field} {size} does not divide over {devices} devices; "
+            f"nearest that do: {', '.join(map(str, nearest))}"
+        )
 
 
 def place(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:

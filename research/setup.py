@@ -143,6 +143,22 @@ class Setup:
         stop = rule.after(jax.device_get(state.stop), found, int(state.step))
         return dataclasses.replace(state, stop=jax.device_put(stop, self.shardings.stop))
 
+    @property
+    def eval_batch_size(self) -> int:
+        return self.experiment.eval_batch_size or self.batch_size
+
+    @functools.cached_property
+    def eval_carry(self) -> Any:
+        """Zeros, of a model that carries its state, for each row that is evaluated at once."""
+        if not self.carries:
+            return None
+
+        def make() -> Any:
+            model: Any = self.experiment.model.make(nnx.Rngs(0))
+            return model.initial_carry(self.eval_batch_size)
+
+        return jax.jit(make, out_shardings=parallel.batched(self.mesh))()
+
     @functools.cached_property
     def _evaluator(self) -> evaluate.Evaluator:
         return evaluate.Evaluator(self.graph, self.experiment.task, self.mesh)
@@ -164,7 +180,9 @@ class Setup:
         rows |= {} if state.ema is None else {split + AVERAGED: state.ema}
         examples = find(self.splits, split)
         return {
-            row: self._evaluator(params, state.model_state, state.carry, examples, self.batch_size)
+            row: self._evaluator(
+                params, state.model_state, self.eval_carry, examples, self.eval_batch_size
+            )
             for row, params in rows.items()
         }
 
@@ -195,6 +213,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
     mesh = experiment.parallel.mesh(batch_size, devices)
+    parallel.check_divides("eval_batch_size", experiment.eval_batch_size or mesh.size, mesh.size)
     parts = experiment.accumulate * mesh.size
     if batch_size % parts:
         near = max(round(batch_size / parts), 1) * parts

@@ -58,7 +58,7 @@ def test_every_flop_of_its_step_is_accounted_for(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_its_model_flops_are_the_same_on_every_mesh(path):
-    whole = dataclasses.replace(command.load(path), batch_size=8)
+    whole = dataclasses.replace(command.load(path), batch_size=8, eval_batch_size=None)
     counts = []
     for fsdp, devices in ((1, 1), (1, 8), (4, 8), (8, 8)):
         split = dataclasses.replace(whole, parallel=parallel.Parallel(fsdp=fsdp))

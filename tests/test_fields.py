@@ -263,6 +263,7 @@ MADE: dict[type, Callable[[Experiment], Any]] = {
 """One of each class that a field may hold instead of None, or add to a tuple."""
 
 VALUES: dict[str, Callable[[Experiment], Any]] = {
+    "Experiment.eval_batch_size": lambda e: [8],
     "TFDS.name": lambda e: ["ergon_others"],
     "TFDS.data_dir": lambda e: ["nowhere"],
     "TFDS.train": lambda e: ["train[:32]"],
@@ -596,9 +597,11 @@ def step(e: Experiment) -> str:
 @functools.cache
 def evaluation(e: Experiment) -> str:
     setup = prepared(e)
-    state, batch, _ = setup.abstract_example()
+    state, size = setup.abstract, setup.eval_batch_size
+    batch = setup.splits["train"].evaluation(size)[0]
+    carry = setup.eval_carry
     evaluator = evaluate.Evaluator(setup.graph, e.task, setup.mesh).step
-    return digest(evaluator.lower(state.params, state.model_state, state.carry, batch).as_text())
+    return digest(evaluator.lower(state.params, state.model_state, carry, batch).as_text())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

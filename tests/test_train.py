@@ -3,6 +3,7 @@ import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -12,6 +13,7 @@ from research.data.splits import Examples
 from research.experiment import EarlyStop, Target
 from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
+from research.modules import merged
 from research.optim import Optax
 from research.parallel import Parallel
 from research.setup import Setup, prepare
@@ -261,6 +263,33 @@ def test_running_statistics_are_state_and_evaluation_uses_them(tmp_path):
     right = (logits.argmax(1) == rows["targets"]).mean()
     found = setup.evaluate(state, "validation")["validation"]["accuracy"]
     assert found == pytest.approx(right)
+
+
+def test_a_text_is_evaluated_in_as_many_streams_as_are_asked_for():
+    found = {}
+    for size in (None, 1):
+        setup = prepare(tiny.lstm(eval_batch_size=size), ONE)
+        state = setup.initial()
+        found[size] = setup.evaluate(state, "validation")["validation"]["loss"]
+    tokens = setup.splits["validation"].tokens
+    with merged(setup.graph, state.params, state.model_state, training=False) as model:
+        logits, _ = model(tokens[None, :-1], carry=model.initial_carry(1))
+    alone = optax.softmax_cross_entropy_with_integer_labels(logits[0], tokens[1:]).mean()
+    assert found[1] == pytest.approx(float(alone), rel=1e-5)
+    assert found[None] != pytest.approx(float(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 32, 256])
+def test_metrics_do_not_depend_on_how_many_rows_are_evaluated_at_once(size):
+    both = [prepare(tiny.mlp(eval_batch_size=n), EIGHT) for n in (None, size)]
+    assert both[1].eval_batch_size == size
+    found = [setup.evaluate(setup.initial(), "validation") for setup in both]
+    assert found[0]["validation"] == pytest.approx(found[1]["validation"], rel=1e-5)
+
+
+def test_rows_that_are_evaluated_at_once_divide_over_the_devices():
+    with pytest.raises(UserError, match="eval_batch_size 12 does not divide over 8 devices"):
+        prepare(tiny.mlp(eval_batch_size=12), EIGHT)
 
 
 def test_buffers_are_donated():
