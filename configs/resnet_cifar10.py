@@ -16,7 +16,7 @@ from research.tasks import Classify
 
 
 def config() -> Experiment:
-    steps = 7000
+    steps = 9000
     rate = {
         "init_value": 0.02,
         "peak_value": 0.2,
@@ -28,7 +28,7 @@ def config() -> Experiment:
         model=ResNetConfig(
             classes=10, layers=(1, 1, 1), width=64, stem="cifar", stem_width=32, first_stride=2
         ),
-        task=Classify(label_smoothing=0.1, augment=Augment(crop=2, flip=True)),
+        task=Classify(label_smoothing=0.1, augment=Augment(crop=4, flip=True)),
         data=TFDS(name="cifar10"),
         optimizer=Optimizer(
             update=Optax(
