@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import tiny
 
+from research import run
 from research.bench import bayes, commands
 from research.data.text import LabelledText
 from research.models.encoder import EncoderConfig
@@ -84,10 +85,12 @@ def test_the_benchmark_prints_it_beside_a_run(source, tmp_path, capsys):
     train(prepare(e, tiny.ONE), tmp_path / "run", quiet=True)
     config = tmp_path / "run" / "config.json"
     commands.KINDS["bayes"]([str(config), "--runs", str(tmp_path / "run")])
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["accuracy", "validation", "test"]
-    assert [row.split()[-3] for row in rows] == ["words", "pairs", str(tmp_path / "run")]
-    assert rows[-1].split()[-1] == "-"
+    title, _, head, *rows = capsys.readouterr().out.splitlines()
+    assert title == "accuracy in %"
+    assert [word for word in head.split() if word.endswith(":")] == ["validation:", "test:"]
+    assert [row.split()[-3] for row in rows[:2]] == ["words", "pairs"]
+    accuracy = 100 * run.summary(tmp_path / "run").metrics["validation"]["accuracy"]
+    assert rows[2].split() == [str(tmp_path / "run"), f"{accuracy:.1f}"]
     with pytest.raises(SystemExit):
         commands.KINDS["bayes"](["configs/mlp_cancer.py"])
     assert "configs/mlp_cancer.py is not on labelled texts" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,16 +73,21 @@ def naive_bayes(argv: list[str]) -> None:
     if not isinstance(source, LabelledText):
         command.fail(f"{options.config} is not on labelled texts")
     with command.one_line_errors():
-        models = [run.summary(path) for path in options.runs]
-        found = bayes.accuracies(source)
-    rows = {f"naive Bayes, {name}": row for name, row in found.items()}
-    for path, model in zip(options.runs, models, strict=True):
-        rows[str(path)] = {k: m["accuracy"] for k, m in model.metrics.items() if "accuracy" in m}
-    splits = list(next(iter(found.values())))
-    print(f"{'accuracy':36}" + "".join(f"{split:>12}" for split in splits))
-    for name, row in rows.items():
-        cells = (f"{row[split]:12.4f}" if split in row else f"{'-':>12}" for split in splits)
-        print(f"{name:36}" + "".join(cells))
+        runs = {str(path): [row] for path, row in _accuracies(options.runs).items()}
+        found = {f"naive Bayes, {name}": [row] for name, row in bayes.accuracies(source).items()}
+    print("accuracy in %\n")
+    print(linear.table(found | runs))
+
+
+def _accuracies(runs: Sequence[Path]) -> dict[Path, dict[str, float]]:
+    """Of finished runs, by split. Raises UserError where one has none."""
+    found = {}
+    for path in runs:
+        metrics = run.summary(path).metrics
+        if not all("accuracy" in row for row in metrics.values()):
+            raise UserError(f"{path} has no accuracy: not a run that classifies")
+        found[path] = {name: row["accuracy"] for name, row in metrics.items()}
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,15 +153,12 @@ def baselines(argv: list[str]) -> None:
         command.fail(f"--splits must be 1 or more, not {options.splits}")
     found: dict[str, list[dict[str, float]]] = {}
     with command.one_line_errors():
-        summaries = [run.summary(path) for path in options.runs]
+        runs = _accuracies(options.runs)
         for one in linear.divided(options.experiment, options.splits):
             for model, scores in linear.accuracies(one.data.load()).items():
                 found.setdefault(model, []).append(scores)
-        for path, summary in zip(options.runs, summaries, strict=True):
-            if not all("accuracy" in row for row in summary.metrics.values()):
-                command.fail(f"{path} has no accuracy: not a run that classifies")
-            scores = {name: row["accuracy"] for name, row in summary.metrics.items()}
-            found.setdefault("the runs", []).append(scores)
+    if runs:
+        found["the runs"] = list(runs.values())
     print(f"accuracy in %, {options.splits} division{'s' * (options.splits > 1)} of the data\n")
     print(linear.table(found))
 

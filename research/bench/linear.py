@@ -82,7 +82,10 @@ def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
             if not len(values):
                 line += " " * 40
                 continue
-            spread = f"{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            line += f"{np.mean(values):20.1f}{spread:>6}{values.min():8.1f}-{values.max():<5.1f}"
+            line += f"{np.mean(values):20.1f}"
+            if len(values) > 1:
+                line += f"{np.std(values, ddof=1):6.1f}{values.min():8.1f}-{values.max():<5.1f}"
+            else:
+                line += " " * 20
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -14,8 +14,9 @@ from research.data.tfds import TFDS
 class Images(Dataset):
     """Decodes by Pillow; shifts, mirrored at the edges, and flips, as `research.augment` does."""
 
-    def __init__(self, source: Any, crop: int, flip: bool) -> None:
-        self.source, self.crop, self.flip = source, crop, flip
+    def __init__(self, source: Any, image: str, label: str, crop: int, flip: bool) -> None:
+        self.source, self.image, self.label = source, image, label
+        self.crop, self.flip = crop, flip
 
     def __len__(self) -> int:
         return len(self.source)
@@ -24,7 +25,7 @@ class Images(Dataset):
         from PIL import Image
 
         row = self.source[i]
-        pixels = np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB"))
+        pixels = np.asarray(Image.open(io.BytesIO(row[self.image])).convert("RGB"))
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
         height, width = image.shape[1:]
         if self.crop:
@@ -33,7 +34,7 @@ class Images(Dataset):
             image = image[:, y : y + height, x : x + width]
         if self.flip and torch.rand(()) < 0.5:
             image = image.flip(-1)
-        return image, int(row["label"])
+        return image, int(row[self.label])
 
 
 def endless(
@@ -44,14 +45,15 @@ def endless(
 
     from research.data import files
 
+    image, label = data.inputs or "image", data.targets or "label"
     source = tfds.data_source(
         data.name,
         data_dir=files.find(data.data_dir),
         split=data.train,
-        decoders={"image": tfds.decode.SkipDecoding()},
+        decoders={image: tfds.decode.SkipDecoding()},
     )
     loader: Any = DataLoader(
-        Images(source, crop, flip),
+        Images(source, image, label, crop, flip),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,

@@ -99,7 +99,7 @@ class Text(Checked):
             tokenizer = (folder / "tokenizer.json").read_text()
             notes = json.loads((folder / "notes.json").read_text())
         names = [name for name in ("train", "validation", "test") if name in arrays]
-        splits = {name: self._split(arrays, name) for name in names}
+        splits: dict[str, Split] = {name: self._split(arrays, name) for name in names}
         return Splits(splits, {"tokenizer.json": tokenizer}, notes)
 
     def _texts(self, split: str) -> Texts:
