@@ -124,10 +124,14 @@ def fed(batch: Any, mesh: Mesh) -> Any:
 
 def put(batch: Mapping[str, np.ndarray] | Block, mesh: Mesh) -> Any:
     """A batch, or a block of them, on the devices, each batch split over the mesh."""
-    return _identity(fed(batch, mesh))(batch)
+    # As numpy's, whatever they were: a device's own would be given away.
+    return _identity(fed(batch, mesh))(jax.tree.map(np.asarray, batch))
 
 
 @functools.lru_cache
 def _identity(places: Any) -> Any:
-    """A compiled call takes arrays to their devices in a tenth of `jax.device_put`'s time."""
-    return jax.jit(lambda batch: batch, in_shardings=(places,), out_shardings=places)
+    """A compiled call takes arrays to their devices in a fifth of `jax.device_put`'s time."""
+    # What is donated is the copy on the device, which would be copied once more.
+    return jax.jit(
+        lambda batch: batch, in_shardings=(places,), out_shardings=places, donate_argnums=0
+    )

@@ -35,14 +35,13 @@ class Source:
 
 def test_waiting_is_seen_where_batches_are_slow():
     slow, quick = (
-        reading.measure(tiny.mlp(data=Source(slow=slow)), rounds=3, seconds=0.1)
-        for slow in (True, False)
+        reading.measure(tiny.mlp(data=Source(slow=slow)), seconds=0.3) for slow in (True, False)
     )
     assert slow.waiting > 0.5 > quick.waiting
     assert slow.supply < 16 / 0.01
     assert quick.supply > 2 * slow.supply
     for found in (slow, quick):
-        low, high = found.spread
+        low, high = found.quartiles
         assert low <= found.waiting <= high
         # A batch's bytes are as many a second as its examples are.
         batch = tiny.mlp().data.load()["train"].batch(0, 16, 0)
@@ -75,14 +74,14 @@ def test_what_was_made_ahead_is_no_supply(monkeypatch):
 
     # 5 batches a round: with 4 that were there before, the fifth alone would have to be made.
     monkeypatch.setattr(reading, "_steps", then_wait)
-    found = reading.measure(tiny.mlp(data=Ahead()), rounds=3, seconds=1e-6)
+    found = reading.measure(tiny.mlp(data=Ahead()), seconds=1e-6)
     assert found.supply < 1.5 * 2 * 16 / 0.05
     assert found.waiting > 0.5
 
 
-def test_a_round_is_needed():
-    with pytest.raises(UserError, match="input needs a round, not 0"):
-        reading.measure(tiny.mlp(), rounds=0)
+def test_time_is_needed():
+    with pytest.raises(UserError, match="input needs time, not 0 seconds"):
+        reading.measure(tiny.mlp(), seconds=0)
 
 
 @pytest.fixture(scope="module")

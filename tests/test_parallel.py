@@ -155,6 +155,17 @@ def test_a_batch_is_split_over_all_devices(fsdp):
         np.testing.assert_array_equal(np.concatenate(rows), batch[key])
 
 
+def test_placing_leaves_what_is_placed_as_it_was():
+    mesh = Parallel().mesh(8)
+    space = np.zeros(8 * 16 + 16, np.float32)
+    aligned = space[-space.ctypes.data % 64 // 4 :][: 8 * 16].reshape(8, 16)  # no copy is needed
+    aligned[:] = 1
+    given = {"host": aligned, "device": jnp.ones((8, 16))}
+    placed = parallel.put(given, mesh)
+    aligned[:] = 2
+    assert placed["host"].sum() == placed["device"].sum() == given["device"].sum() == 8 * 16
+
+
 def test_replicated_is_whole_everywhere():
     x = jax.device_put(np.arange(8.0), parallel.replicated(Parallel(fsdp=4).mesh(8)))
     assert [part.data.shape for part in x.addressable_shards] == [(8,)] * 8

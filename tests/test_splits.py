@@ -296,12 +296,22 @@ def test_stacked_batches_are_the_batches_of_their_steps(split):
             assert same({k: v[i] for k, v in found.items()}, split.batch(first + i, 4, 1))
 
 
+def test_stacked_batches_are_what_a_split_of_ones_own_gives():
+    class Late(Examples):
+        def batch(self, step, *args):
+            return super().batch(step + 3, *args)
+
+    split = Late(rows(10).rows)
+    found = splits.stacked(split, 0, 2, 4, 1)
+    assert same({k: v[0] for k, v in found.items()}, split.batch(0, 4, 1))
+
+
 def test_small_batches_in_memory_are_made_together():
     def asked(nbytes, threads=0, workers=0):
         split = types.SimpleNamespace(threads=threads)
         return splits.together(split, {"inputs": np.zeros(nbytes, np.uint8)}, workers)
 
-    assert [asked(n) for n in (1, 2**12, 2**16, 2**17 + 1, 2**30)] == [64, 64, 4, 1, 1]
+    assert [asked(n) for n in (1, 2**12, 2**16, 2**19 + 1, 2**30)] == [256, 256, 16, 1, 1]
     assert asked(1, threads=1) == asked(1, workers=1) == 1
 
 

@@ -29,7 +29,8 @@ from research.data.text import LabelledText
 USAGE = (
     "python scripts/benchmark.py "
     "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
-    "input CONFIG [--torch True], peaks [--json FILE], ledger, optimizers [--workdir DIR]}"
+    "input CONFIG [--seconds N] [--torch True], peaks [--json FILE], ledger, "
+    "optimizers [--workdir DIR]}"
 )
 
 
@@ -108,8 +109,8 @@ def the_loop(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading(command.Options):
-    rounds: int = 7
-    """Times that all is measured, in turn."""
+    seconds: float = 30.0
+    """Of measuring steps, in short rounds."""
     torch: bool = False
     """Also a PyTorch DataLoader on the same files; for images of TFDS."""
 
@@ -117,14 +118,17 @@ class Reading(command.Options):
 def the_input(argv: list[str]) -> None:
     options = command.parse(Reading, USAGE, argv)
     with command.one_line_errors():
-        found = reading.measure(options.experiment, options.rounds)
+        found = reading.measure(options.experiment, options.seconds)
         print(f"made and placed  {found.supply:12,.0f} examples/s  {found.megabytes:10,.1f} MB/s")
         print(f"a step's appetite{found.appetite:12,.0f} examples/s")
-        low, high = found.spread
-        print(f"waiting          {found.waiting:12.1%} of a step  rounds {low:.1%} to {high:.1%}")
+        low, high = found.quartiles
+        print(
+            f"waiting          {found.waiting:12.1%} of a step  "
+            f"half of {found.rounds} rounds from {low:.1%} to {high:.1%}"
+        )
         if options.torch:
             try:
-                beside = reading.loaders(options.experiment, options.rounds)
+                beside = reading.loaders(options.experiment)
             except ImportError as error:
                 command.fail(f"--torch needs a package: {error}")
             print(f"\n{'decoded and augmented':28}{'examples/s':>12}{'of PyTorch':>12}")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from research import UserError
 from research.data import splits
@@ -31,41 +30,52 @@ class Input:
     waiting: float
     """Share of a step's time that is spent waiting: what steps take longer where each batch is
     made, over what they take then. Below 0 where that is less than the noise."""
-    spread: tuple[float, float]
-    """The least and the greatest `waiting` of a round."""
+    quartiles: tuple[float, float]
+    """Between which half of the rounds' `waiting` is."""
+    rounds: int
 
 
-def measure(experiment: Experiment, rounds: int = 7, seconds: float = 2.0) -> Input:
-    """Times steps with and without the making of batches, in chunks of `seconds`, in turn."""
-    if rounds < 1:
-        raise UserError(f"input needs a round, not {rounds}")
+def measure(experiment: Experiment, seconds: float = 30.0, chunk: float = 0.1) -> Input:
+    """Times steps with and without the making of batches, in turn, for so many seconds.
+
+    chunk: seconds of either side of a round, which has 5 steps at least; short, so that a machine
+    that is now slower and now faster is the same for both. Which is first changes from round to
+    round.
+    """
+    if seconds <= 0:
+        raise UserError(f"input needs time, not {seconds} seconds")
     setup = prepare(experiment)
     step = setup.step().lower(*setup.example()).compile()
     state = setup.initial()
     fixed = itertools.cycle(list(setup.feed(0, 4)))
+    state, _ = _steps(setup, step, state, fixed, 3)
     state, once = _steps(setup, step, state, fixed, 3)
-    count = int(np.clip(seconds / once, 5, 5000))
+    count = max(5, round(chunk / once))
+    rounds = max(3, round(seconds / (2 * count * once)))
     batches = setup.feed(0, 1 << 30)
     found = []
-    for _ in range(rounds):
-        state, alone = _steps(setup, step, state, fixed, count)
-        _use_up(setup, batches)
-        state, fed = _steps(setup, step, state, batches, count)
+    for i in range(rounds):
+        times = {}
+        for made in (i % 2 == 0, i % 2 == 1):
+            _use_up(setup, batches)
+            source = batches if made else fixed
+            state, times[made] = _steps(setup, step, state, source, count)
         _use_up(setup, batches)
         start = time.perf_counter()
-        for _ in range(count):
-            jax.block_until_ready(next(batches))
-        found.append((alone, fed, (time.perf_counter() - start) / count))
+        for batch in itertools.islice(batches, count):
+            jax.block_until_ready(batch)
+        found.append((times[False], times[True], (time.perf_counter() - start) / count))
     alone, _, making = map(statistics.median, zip(*found, strict=True))
     batch = setup.splits["train"].batch(0, setup.batch_size, experiment.seed)
     size = sum(array.nbytes for array in batch.values())
-    shares = [1 - alone / fed for alone, fed, _ in found]
+    low, middle, high = statistics.quantiles((1 - alone / fed for alone, fed, _ in found), n=4)
     return Input(
         supply=setup.batch_size / making,
         megabytes=size / making / 1e6,
         appetite=setup.batch_size / alone,
-        waiting=statistics.median(shares),
-        spread=(min(shares), max(shares)),
+        waiting=middle,
+        quartiles=(low, high),
+        rounds=rounds,
     )
 
 

@@ -118,15 +118,16 @@ def training(
 
 
 def together(split: Split, batch: Batch, workers: int) -> int:
-    """Batches like this one to make at once: 64 at most, of 256 KiB, of arrays in memory."""
+    """Batches like this one to make at once: 256 at most, of 1 MiB, of arrays in memory."""
     if split.threads or workers:
         return 1
-    return int(np.clip(2**18 // sum(array.nbytes for array in batch.values()), 1, 64))
+    return int(np.clip(2**20 // sum(array.nbytes for array in batch.values()), 1, 256))
 
 
 def stacked(split: Split, first: int, count: int, batch_size: int, seed: int) -> Batch:
     """The batches of `count` steps from `first` on, on a new first axis."""
-    if isinstance(split, Shuffled):  # each array is indexed once
+    if isinstance(split, Shuffled) and type(split).batch is Shuffled.batch:
+        # Their rows follow one another, so that each array is indexed once.
         found = split.take(shuffled(first * batch_size, count * batch_size, seed, len(split)))
         return {k: v.reshape(count, batch_size, *v.shape[1:]) for k, v in found.items()}
     batches = [split.batch(first + i, batch_size, seed) for i in range(count)]
