@@ -20,7 +20,7 @@ from research.evaluate import Report
 from research.experiment import AVERAGED, Experiment, Source, did_you_mean, value
 from research.init_from import Loaded, flat, load
 from research.modules import compute_in, merged, variables
-from research.tasks import NextToken
+from research.tasks import Classify, NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,17 +101,30 @@ class Setup:
         state, _, _ = self.abstract_example()
         return state, parallel.put(self._first, self.mesh), self.root
 
+    @property
+    def together(self) -> int:
+        """Batches that are made and placed at once."""
+        first = self._first
+        return len(jax.tree.leaves(first)[-1]) if isinstance(first, parallel.Block) else 1
+
     @functools.cached_property
     def _first(self) -> Any:
         """What the first step takes, in the host's memory."""
         batch = self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
         together = splits.together(self.splits["train"], batch, self.experiment.workers)
-        return self._block(0, together) if together > 1 else batch
+        if together == 1:
+            return batch
+        many = {k: np.broadcast_to(v, (together, *v.shape)) for k, v in batch.items()}
+        return parallel.Block(np.int32(0), many)
 
-    def _block(self, first: int, count: int) -> parallel.Block:
+    def _block(self, first: int, count: int, room: int) -> parallel.Block:
+        """The batches of `count` steps, the last of them repeated where there is room."""
         e, train = self.experiment, self.splits["train"]
-        batches = splits.stacked(train, first, count, self.batch_size, e.seed)
-        return parallel.Block(np.int32(first), batches)
+        found = splits.stacked(train, first, count, self.batch_size, e.seed)
+        if count < room:
+            places = np.minimum(np.arange(room), count - 1)
+            found = {k: v[places] for k, v in found.items()}
+        return parallel.Block(np.int32(first), found)
 
     def feed(self, start: int, stop: int) -> Iterator[Any]:
         """What each of the steps from `start` to `stop` takes: its batch, on the devices, or the
@@ -121,11 +134,11 @@ class Setup:
         a small model's step, of 0.1 ms, a third longer on a CPU whose cores it needs.
         """
         e = self.experiment
-        if isinstance(self._first, parallel.Block):
-            count = len(jax.tree.leaves(self._first.batches)[0])
-            for first in range(start, stop, count):
-                block = parallel.put(self._block(first, count), self.mesh)
-                yield from itertools.repeat(block, min(count, stop - first))
+        if (room := self.together) > 1:
+            for first in range(start, stop, room):
+                count = min(room, stop - first)
+                block = parallel.put(self._block(first, count, room), self.mesh)
+                yield from itertools.repeat(block, count)
         else:
             batches = splits.training(
                 self.splits["train"], self.batch_size, e.seed, start, stop, e.workers
@@ -210,6 +223,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
             raise UserError(f"the {name} split is empty")
         if "bad" in arrays and arrays["bad"].all():
             raise UserError(f"every row of the {name} split is bad")
+    if isinstance(experiment.task, Classify):
+        _check_classes(data)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
     mesh = experiment.parallel.mesh(batch_size, devices)
@@ -315,6 +330,21 @@ def _check_direction(experiment: Experiment, carries: bool) -> None:
 def _alone(data: Source) -> str:
     """The setting by which rows do not continue from batch to batch."""
     return "data.rows to windows" if hasattr(data, "rows") else "data.stream to False"
+
+
+def _check_classes(data: Mapping[str, splits.Split]) -> None:
+    """Raises UserError where a split has a class that training never sees."""
+    seen = {}
+    for name, split in data.items():
+        arrays = split.arrays()
+        targets = arrays.get("targets")
+        if targets is None or len(targets) != len(split):  # decoded as they are read: not known
+            continue
+        good = targets[~arrays["bad"]] if "bad" in arrays else targets
+        seen[name] = set(np.unique(good).tolist())
+    for name, classes in seen.items():
+        if missing := sorted(classes - seen.get("train", classes)):
+            raise UserError(f"{name} has class {missing[0]}, which train never has")
 
 
 def _check_vocabulary(experiment: Experiment, arrays: Mapping[str, np.ndarray]) -> None:

@@ -777,6 +777,7 @@ HELD = {
     Category,
     tfds.Features,
     tfds.Decoded,
+    parallel.Block,
     *tokenizers.KINDS.values(),
 }
 """Dataclasses that hold data, and are made in reading it: not configuration."""

@@ -92,7 +92,8 @@ def test_what_a_killed_process_left_is_removed_a_day_later(cache):
     for folder in (old, young):
         (folder / "whole").mkdir(parents=True)
     long_ago = time.time() - files.DAY - 60
-    os.utime(old, (long_ago, long_ago))
+    for path in (old / "whole", old):
+        os.utime(path, (long_ago, long_ago))
     kept = files.cached("key", counting)
     assert set(cache.iterdir()) == {young, kept}
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -288,6 +289,41 @@ def test_a_signal_to_every_process_ends_no_worker(signal):
     assert found.stdout == "1000\n", found.stderr
 
 
+KILLED = """
+import multiprocessing, os, signal
+import numpy as np
+from research.data import splits
+
+split = splits.Examples({"inputs": np.arange(8), "targets": np.arange(8)})
+feed = splits.training(split, 4, 0, 0, 2000, workers=1)
+next(feed)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_end_with_a_run_that_is_killed():
+    found = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path.cwd())},
+    )
+    (worker,) = found.stdout.split()
+
+    def ended():
+        try:
+            return pathlib.Path("/proc", worker, "stat").read_text().split()[2] == "Z"
+        except FileNotFoundError:
+            return True
+
+    deadline = time.monotonic() + 60
+    while not ended():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("split", SPLITS, ids=ids)
 def test_stacked_batches_are_the_batches_of_their_steps(split):
     for first, count in ((0, 1), (2, 7)):  # 10 rows: an epoch ends in the midst of a batch
@@ -313,6 +349,13 @@ def test_small_batches_in_memory_are_made_together():
 
     assert [asked(n) for n in (1, 2**12, 2**16, 2**19 + 1, 2**30)] == [256, 256, 16, 1, 1]
     assert asked(1, threads=1) == asked(1, workers=1) == 1
+
+
+def test_rows_of_arrays_in_another_order_are_theirs():
+    turned = np.arange(10 * 3).reshape(3, 10).T
+    split = Examples({"inputs": turned, "targets": np.arange(10)})
+    batch = split.batch(1, 4, 0)
+    np.testing.assert_array_equal(batch["inputs"], turned[batch["targets"]])
 
 
 def test_rows_of_a_map_of_a_file_are_plain_arrays(tmp_path):

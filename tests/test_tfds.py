@@ -246,11 +246,6 @@ def test_a_label_that_no_class_has(folder, tmp_path):
         source(bad).load()
 
 
-def test_a_class_that_training_never_sees(folder):
-    with pytest.raises(UserError, match="test has class 1, which train never has"):
-        source(folder, train="train[:10]").load()
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -373,6 +368,26 @@ def test_a_data_set_is_prepared_where_that_takes_no_tensorflow(tmp_path):
         dataclasses.replace(asked, inputs=None).load()
     with pytest.raises(UserError, match=r"data.targets: 2 labels among .*: name one"):
         dataclasses.replace(asked, targets=None).load()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("no tensorflow"), r"takes TensorFlow: pip install 'ergon\[prepare\]'"),
+        (OSError("no space in /home/me/tensorflow_datasets"), "OSError: no space in /home/me"),
+    ],
+)
+def test_a_data_set_that_cannot_be_prepared(error, message, tmp_path, monkeypatch):
+    import tensorflow_datasets
+
+    def failing(*_, **__):
+        raise error
+
+    unprepared(tmp_path, "ergon_failing")
+    builder = tensorflow_datasets.core.DatasetBuilder
+    monkeypatch.setattr(builder, "download_and_prepare", failing)
+    with pytest.raises(UserError, match=f"ergon_failing is not prepared in .*; .*{message}"):
+        TFDS(name="ergon_failing", data_dir=str(tmp_path), inputs="x", targets="label").load()
 
 
 @pytest.mark.parametrize("cache_gb", [4.0, 1e-9])

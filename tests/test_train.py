@@ -9,6 +9,7 @@ import tiny
 
 from research import UserError, checkpoint, compute, parallel, record, train
 from research.data import splits
+from research.data.arrays import Arrays
 from research.data.splits import Examples
 from research.experiment import EarlyStop, Target
 from research.models.lstm import LSTMConfig
@@ -103,6 +104,35 @@ def test_full_batch_mini_batch_and_single_example(batch_size, examples, tmp_path
     assert [len(b.at(i)["inputs"]) for i, b in enumerate(setup.feed(0, 3))] == [examples] * 3
     train.train(setup, tmp_path, quiet=True)
     assert [r["step"] for r in tiny.rows(tmp_path) if r["split"] == "train"] == [1, 2, 3]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=False)
+class Fixed:
+    train: object
+    validation: object
+
+    def load(self):
+        return {"train": Examples(self.train), "validation": Examples(self.validation)}
+
+
+class Asked(Examples):
+    """Rows that keep which steps they were asked for."""
+
+    def batch(self, step, *args):
+        self.asked.append(step)
+        return super().batch(step, *args)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 300), (5, 9), (4, 4)])
+def test_a_run_is_fed_its_own_steps_alone(start, stop):
+    setup = prepare(tiny.mlp(), ONE)
+    split = Asked(setup.splits["train"].rows)
+    object.__setattr__(split, "asked", [])
+    setup.splits["train"] = split
+    assert setup.together == 256
+    split.asked.clear()
+    assert len(list(setup.feed(start, stop))) == stop - start
+    assert split.asked == list(range(start, stop))
 
 
 @pytest.mark.parametrize(("family", "devices"), [(tiny.mlp, ONE), (tiny.lstm, EIGHT)])
@@ -285,6 +315,17 @@ def test_metrics_do_not_depend_on_how_many_rows_are_evaluated_at_once(size):
     assert both[1].eval_batch_size == size
     found = [setup.evaluate(setup.initial(), "validation") for setup in both]
     assert found[0]["validation"] == pytest.approx(found[1]["validation"], rel=1e-5)
+
+
+def test_a_class_that_training_never_has_is_said():
+    data = tiny.mlp().data.load()
+    train, rows = data["train"].rows, data["validation"].rows
+    few = {k: v[train["targets"] != 2] for k, v in train.items()}
+    source = Arrays(train=few, validation=dict(rows))
+    with pytest.raises(UserError, match="validation has class 2, which train never has"):
+        prepare(tiny.mlp(data=source, batch_size=8), ONE)
+    bad = dict(rows, bad=rows["targets"] == 2)
+    prepare(tiny.mlp(data=Fixed(few, bad), batch_size=8), ONE)
 
 
 def test_rows_that_are_evaluated_at_once_divide_over_the_devices():

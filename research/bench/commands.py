@@ -121,10 +121,9 @@ def the_input(argv: list[str]) -> None:
         found = reading.measure(options.experiment, options.seconds)
         print(f"made and placed  {found.supply:12,.0f} examples/s  {found.megabytes:10,.1f} MB/s")
         print(f"a step's appetite{found.appetite:12,.0f} examples/s")
-        low, high = found.quartiles
         print(
             f"waiting          {found.waiting:12.1%} of a step  "
-            f"half of {found.rounds} rounds from {low:.1%} to {high:.1%}"
+            f"standard error {found.error:.1%}, {found.rounds} rounds"
         )
         if options.torch:
             try:

@@ -4,10 +4,11 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from research import UserError
 from research.data import splits
@@ -29,22 +30,28 @@ class Input:
     """Examples a second that steps take whose batches are on the device already."""
     waiting: float
     """Share of a step's time that is spent waiting: what steps take longer where each batch is
-    made, over what they take then. Below 0 where that is less than the noise."""
-    quartiles: tuple[float, float]
-    """Between which half of the rounds' `waiting` is."""
+    made, over what they take then, of all rounds together. Below 0 where that is less than the
+    noise."""
+    error: float
+    """Its standard error, by a bootstrap over rounds."""
     rounds: int
 
 
-def measure(experiment: Experiment, seconds: float = 30.0, chunk: float = 0.1) -> Input:
+def measure(
+    experiment: Experiment,
+    seconds: float = 30.0,
+    chunk: float = 0.1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Input:
     """Times steps with and without the making of batches, in turn, for so many seconds.
 
     chunk: seconds of either side of a round, which has 5 steps at least; short, so that a machine
     that is now slower and now faster is the same for both. Which is first changes from round to
-    round.
+    round. devices: None: all there are.
     """
     if seconds <= 0:
         raise UserError(f"input needs time, not {seconds} seconds")
-    setup = prepare(experiment)
+    setup = prepare(experiment, devices)
     step = setup.step().lower(*setup.example()).compile()
     state = setup.initial()
     fixed = itertools.cycle(list(setup.feed(0, 4)))
@@ -52,37 +59,41 @@ def measure(experiment: Experiment, seconds: float = 30.0, chunk: float = 0.1) -
     state, once = _steps(setup, step, state, fixed, 3)
     count = max(5, round(chunk / once))
     rounds = max(3, round(seconds / (2 * count * once)))
-    batches = setup.feed(0, 1 << 30)
+    # What is made at once is made whole, and charged to steps that have all of it to take.
+    fed, made = setup.feed(0, 1 << 30), setup.feed(0, 1 << 30)
+    whole = -(-count // setup.together) * setup.together
     found = []
     for i in range(rounds):
         times = {}
-        for made in (i % 2 == 0, i % 2 == 1):
-            _use_up(setup, batches)
-            source = batches if made else fixed
-            state, times[made] = _steps(setup, step, state, source, count)
-        _use_up(setup, batches)
+        for feeding in (i % 2 == 0, i % 2 == 1):
+            _use_up(setup, fed)
+            source = fed if feeding else fixed
+            state, times[feeding] = _steps(setup, step, state, source, count)
+        _use_up(setup, made)
         start = time.perf_counter()
-        for batch in itertools.islice(batches, count):
+        for batch in itertools.islice(made, whole):
             jax.block_until_ready(batch)
-        found.append((times[False], times[True], (time.perf_counter() - start) / count))
-    alone, _, making = map(statistics.median, zip(*found, strict=True))
+        found.append((times[False], times[True], (time.perf_counter() - start) / whole))
+    alone, with_making, making = np.array(found).T
     batch = setup.splits["train"].batch(0, setup.batch_size, experiment.seed)
     size = sum(array.nbytes for array in batch.values())
-    low, middle, high = statistics.quantiles((1 - alone / fed for alone, fed, _ in found), n=4)
+    drawn = np.random.default_rng(0).integers(rounds, size=(1000, rounds))
+    shares = 1 - alone[drawn].sum(1) / with_making[drawn].sum(1)
     return Input(
-        supply=setup.batch_size / making,
-        megabytes=size / making / 1e6,
-        appetite=setup.batch_size / alone,
-        waiting=middle,
-        quartiles=(low, high),
+        supply=setup.batch_size / float(np.median(making)),
+        megabytes=size / float(np.median(making)) / 1e6,
+        appetite=setup.batch_size / float(np.median(alone)),
+        waiting=float(1 - alone.sum() / with_making.sum()),
+        error=float(shares.std()),
         rounds=rounds,
     )
 
 
 def _use_up(setup: Setup, batches: Iterator[Any]) -> None:
     """Takes what was made while something else was timed."""
-    for _ in range(splits.ahead(setup.splits["train"].threads)):
-        next(batches)
+    if setup.together == 1:
+        for _ in range(splits.ahead(setup.splits["train"].threads)):
+            next(batches)
 
 
 def _steps(
@@ -108,12 +119,21 @@ class Loaders:
     """Of PyTorch's DataLoader, which decodes each anew."""
 
 
+AHEAD = 40
+"""Batches: more than two workers have ready, of PyTorch's 2 each, of ours some 10 each."""
+
+
 def loaders(
-    experiment: Experiment, rounds: int = 5, batches: int = 40, workers: int = 2
+    experiment: Experiment,
+    rounds: int = 5,
+    batches: int = 100,
+    workers: int = 2,
+    rest: float = 3.0,
 ) -> Loaders:
     """Ergon's reading of a config's images beside a DataLoader's, on the same files.
 
-    batches: of a round. workers: the DataLoader's processes.
+    batches: of a round. workers: the DataLoader's processes. rest: seconds before each is timed,
+    in which all make what they make ahead; it is taken before the time begins.
     """
     data, task = experiment.data, experiment.task
     if not (isinstance(data, TFDS) and isinstance(task, Classify) and task.augment is not None):
@@ -137,10 +157,12 @@ def loaders(
     }
     seconds: dict[str, list[float]] = {name: [] for name in feeds}
     for feed in feeds.values():  # workers start, programs compile
-        for _ in range(2 * batches):
-            next(feed)
+        next(feed)
     for _ in range(rounds):
         for name, feed in feeds.items():
+            time.sleep(rest)
+            for _ in range(AHEAD):
+                next(feed)
             start = time.perf_counter()
             for _ in range(batches):
                 next(feed)

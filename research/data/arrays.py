@@ -112,15 +112,15 @@ def _array(name: str, given: Any) -> np.ndarray:
         return _floats(name, array)
     if np.issubdtype(array.dtype, np.integer):
         small = array.dtype.itemsize < 4 and not target
-        return np.array(array) if small else _integers(name, array)
+        return np.array(array, order="C") if small else _integers(name, array)
     if array.dtype == bool:
-        return np.array(array, np.int32 if target else bool)
+        return np.array(array, np.int32 if target else bool, order="C")
     raise UserError(f"{name} are {array.dtype}, which is neither a number nor a truth value")
 
 
 def _floats(name: str, array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        found = np.array(array, np.float32)
+        found = np.array(array, np.float32, order="C")
     if (i := _first(~np.isfinite(array))) is not None:
         raise UserError(f"{name}, row {i[0]}: {array[i]} is not finite")
     if (i := _first(~np.isfinite(found))) is not None:
@@ -132,7 +132,7 @@ def _integers(name: str, array: np.ndarray) -> np.ndarray:
     limits = np.iinfo(np.int32)
     if (i := _first((array < limits.min) | (array > limits.max))) is not None:
         raise UserError(f"{name}, row {i[0]}: {array[i]} is too large for int32")
-    return np.array(array, np.int32)
+    return np.array(array, np.int32, order="C")
 
 
 def _first(wrong: np.ndarray) -> tuple[int, ...] | None:

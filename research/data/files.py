@@ -59,7 +59,8 @@ def cached(key: Any, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
         data.mkdir(parents=True, exist_ok=True)
         for left in data.glob(".*.*"):
             with contextlib.suppress(FileNotFoundError):  # another process removes it, too
-                if time.time() - left.stat().st_mtime > DAY:
+                newest = max(p.stat().st_mtime for p in (left, *left.rglob("*")))
+                if time.time() - newest > DAY:
                     shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(
             prefix=f".{name}.", dir=data, ignore_cleanup_errors=True

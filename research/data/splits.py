@@ -2,10 +2,13 @@
 
 import dataclasses
 import hashlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import grain
 import numpy as np
@@ -98,15 +101,24 @@ def prefetched(batches: Sequence[Batch], threads: int, workers: int = 0) -> Iter
     found = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain asks its own, which no command of ours parses
-        found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _uninterrupted)
+        found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _worker)
     return iter(found)
 
 
-def _uninterrupted(worker: int, workers: int) -> None:
+def _worker(worker: int, workers: int) -> None:
     """Ctrl-C reaches every process, as a cluster's SIGTERM may, and the run needs batches until it
     has saved. Grain ends its workers by other means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed cleans nothing up, and its workers wait to give what nobody takes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def training(
@@ -126,7 +138,8 @@ def together(split: Split, batch: Batch, workers: int) -> int:
 
 def stacked(split: Split, first: int, count: int, batch_size: int, seed: int) -> Batch:
     """The batches of `count` steps from `first` on, on a new first axis."""
-    if isinstance(split, Shuffled) and type(split).batch is Shuffled.batch:
+    kind: Any = type(split)
+    if isinstance(split, Examples) and (kind.batch, kind.take) == (Shuffled.batch, Examples.take):
         # Their rows follow one another, so that each array is indexed once.
         found = split.take(shuffled(first * batch_size, count * batch_size, seed, len(split)))
         return {k: v.reshape(count, batch_size, *v.shape[1:]) for k, v in found.items()}
@@ -207,12 +220,18 @@ class Examples(Shuffled):
         return self.rows
 
     def take(self, index: np.ndarray) -> Batch:
-        # In a third of v[index]'s time; of a memory map it would be one itself.
-        batch = {k: np.asarray(v.take(index, 0)) for k, v in self.rows.items()}
+        batch = {k: _rows(v, index) for k, v in self.rows.items()}
         weights = np.ones(len(index), np.float32)
         if "bad" in batch:
             weights[batch["bad"]] = 0
         return batch | {"weights": weights}
+
+
+def _rows(array: np.ndarray, index: np.ndarray) -> np.ndarray:
+    if not array.flags.c_contiguous:  # of which `take` would copy all
+        return array[index]
+    # In a third of array[index]'s time; of a memory map it would be one itself.
+    return np.asarray(array.take(index, 0))
 
 
 def shuffled(start: int, count: int, seed: int, n: int) -> np.ndarray:
