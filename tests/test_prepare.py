@@ -564,6 +564,29 @@ def test_a_finished_version_stays_unless_overwrite(tmp_path):
     assert names == ["1.0.0", "1.1.0"]
 
 
+def test_a_version_is_not_lost_between_two_renamings(tmp_path, monkeypatch):
+    path = lines(tmp_path / "in.txt", 10)
+    folder = made(path, "lines", tmp_path / "out").directory
+    lines(path, 20)
+    rename = os.rename
+
+    def killed(source, target):
+        if target == folder:
+            raise Stop
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", killed)
+        with pytest.raises(Stop):
+            made(path, "lines", tmp_path / "out", overwrite=True)
+    assert not folder.exists()
+    with pytest.raises(UserError, match="is there already"):
+        made(path, "lines", tmp_path / "out")
+    assert len(texts(tmp_path / "out")) == 10
+    made(path, "lines", tmp_path / "out", overwrite=True)
+    assert len(texts(tmp_path / "out")) == 20
+
+
 def test_checksums_are_those_of_the_files_and_verify_names_what_differs(tmp_path):
     digits(tmp_path / "in", "train", 20)
     folder = made(tmp_path / "in", "idx", tmp_path / "out", shard_mb=0.0002).directory

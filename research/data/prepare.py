@@ -535,8 +535,10 @@ def _finish(
 
 
 def _into_place(data: Path, target: Path, options: Options) -> None:
-    _refuse_finished(target, options)  # another process may have finished it since
     old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # a call ended between the two renamings below
+        os.rename(old, target)
+    _refuse_finished(target, options)  # another process may have finished it since
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
