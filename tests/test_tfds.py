@@ -19,7 +19,7 @@ from PIL import Image
 
 from research import UserError
 from research.data import prepare, tfds
-from research.data.splits import Examples, fingerprint, training
+from research.data.splits import Examples, fingerprint, shuffled, training
 from research.data.tfds import TFDS
 from research.experiment import Target
 from research.models.resnet import ResNetConfig
@@ -212,6 +212,32 @@ def test_bad_rows_are_of_no_class(folder, tmp_path):
     data = source(bad, **fields).load()
     np.testing.assert_array_equal(np.flatnonzero(data["test"].rows["bad"]), [0])
     assert 0 not in data["train"].rows["targets"]
+    model = ResNetConfig(classes=3, layers=(1,), width=4, stem="cifar")
+    e = tiny.mlp(model=model, data=source(bad, **fields), batch_size=8, eval_split="test")
+    tiny.prepare(e, tiny.ONE)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("options", [{"on_bad": "raise"}, {"on_bad": "skip", "max_bad": 0}])
+def test_a_bad_row_that_is_read_while_training_ends_the_run_in_a_line(
+    options, workers, folder, tmp_path
+):
+    name = sorted(p.name for p in (folder / "beasts" / "1.0.0").glob("beasts-train*"))[0]
+    bad = rewritten(folder, tmp_path / "bad", name, garbled)
+    model = ResNetConfig(classes=3, layers=(1,), width=4, stem="cifar")
+    e = tiny.mlp(
+        model=model,
+        data=source(bad, cache_gb=1e-9, **options),
+        batch_size=8,
+        eval_split="test",
+        steps=9,
+        workers=workers,
+        # The row is not in the first batch, which is read before the run begins.
+        seed=next(seed for seed in range(99) if 2 not in shuffled(0, 8, seed, 40)),
+    )
+    setup = tiny.prepare(e, tiny.ONE)
+    with pytest.raises(UserError, match=rf"{name}, row 2: the image cannot be decoded"):
+        train(setup, tmp_path / "run", quiet=True)
 
 
 def test_skipped_rows_are_counted_in_the_metrics(folder, tmp_path):
