@@ -29,7 +29,7 @@ from research.data.text import LabelledText
 USAGE = (
     "python scripts/benchmark.py "
     "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
-    "input CONFIG [--seconds N] [--torch True], peaks [--json FILE], ledger, "
+    "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
     "optimizers [--workdir DIR]}"
 )
 
