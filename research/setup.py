@@ -228,7 +228,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
     mesh = experiment.parallel.mesh(batch_size, devices)
-    parallel.check_divides("eval_batch_size", experiment.eval_batch_size or mesh.size, mesh.size)
+    parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, mesh.size)
     parts = experiment.accumulate * mesh.size
     if batch_size % parts:
         near = max(round(batch_size / parts), 1) * parts

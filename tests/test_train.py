@@ -106,7 +106,7 @@ def test_full_batch_mini_batch_and_single_example(batch_size, examples, tmp_path
     assert [r["step"] for r in tiny.rows(tmp_path) if r["split"] == "train"] == [1, 2, 3]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=False)
+@dataclasses.dataclass(frozen=True)
 class Fixed:
     train: object
     validation: object
