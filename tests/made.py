@@ -140,3 +140,26 @@ def unprepared(root, name, seed=0):
     (package / f"{name}_dataset_builder.py").write_text(BUILDER.replace("SEED", str(seed)))
     sys.path.insert(0, str(package.parent))
     importlib.import_module(f"{name}.{name}_dataset_builder")
+
+
+def data_set(root, name, features, splits):
+    """Writes a TFDS data set of ArrayRecord, its rows in their order.
+
+    features: as TFDS names them; splits: rows by split.
+    """
+    import tensorflow_datasets as tfds
+
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name=name,
+            version=tfds.core.Version("1.0.0"),
+            data_dir=str(root / name / "1.0.0"),
+            module_name=__name__,
+        ),
+        features=tfds.features.FeaturesDict(features),
+    )
+    (root / name / "1.0.0").mkdir(parents=True)
+    writer = tfds.core.SequentialWriter(info, 1000, file_format="array_record")
+    writer.initialize_splits(list(splits))
+    writer.add_examples(splits)
+    writer.close_all()

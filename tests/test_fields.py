@@ -178,6 +178,8 @@ TFDS_TEXT = {
     "data.train": "train",
     "data.validation": "test",
 }
+TFDS_ROWS = {**TFDS_TEXT, "data.text": "text", "data.label": "label", "task": Anything()}
+del TFDS_ROWS["data.feature"]
 PACKS = TransformerConfig(vocab=300, context=4, layers=1, heads=1, width=4)
 TABLE = Table(path="tests/table.csv", target="label")
 BASES: dict[str, tuple[Experiment, str]] = {
@@ -252,6 +254,14 @@ TWICE = "label,a;label;z,b\n" + "".join(
 )
 """A table, whether a comma stands between its cells or a semicolon."""
 ANY_TABLE = {"target": None, "task": Anything(), "model": AnyWidth()}
+TFDS_TABLE = {
+    **ANY_TABLE,
+    "data.tfds": "ergon_images",
+    "data.data_dir": FOLDER,
+    "data.path": "train",
+    "data.ignore": ("image", "other", "x", "text"),
+    "data.missing_values": ("nan",),
+}
 
 
 MADE: dict[type, Callable[[Experiment], Any]] = {
@@ -316,6 +326,8 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
     "Text.tfds": lambda e: ["ergon_others"],
     "Text.data_dir": lambda e: ["nowhere"],
     "Text.feature": lambda e: ["title"],
+    **{f"{cls}.tfds": lambda e: ["ergon_others"] for cls in ("LabelledText", "Table")},
+    **{f"{cls}.data_dir": lambda e: ["nowhere"] for cls in ("LabelledText", "Table")},
     "LabelledText.vocab": lambda e: [4],
     "LabelledText.min_count": lambda e: [150],
     "LabelledText.text": lambda e: ["title"],
@@ -362,6 +374,8 @@ BESIDE: dict[str, Any] = {
     "Text.tfds": TFDS_TEXT,
     "Text.data_dir": TFDS_TEXT,
     "Text.feature": TFDS_TEXT,
+    "LabelledText.tfds": TFDS_ROWS,
+    "LabelledText.data_dir": TFDS_ROWS,
     "Text.documents": {"data.rows": "packed", "model": PACKS},
     "Text.rows": {"model": RecurrentConfig(cell="rnn", vocab=999, outputs=999, width=8)},
     # Where there is no file of their own.
@@ -386,6 +400,8 @@ BESIDE: dict[str, Any] = {
     # Columns of any number; what may be classes and numbers; words among numbers, more of them than
     # are borne; a file that is a table either way.
     **{f"Table.{f.name}": ANY_TABLE for f in dataclasses.fields(Table)},
+    "Table.tfds": TFDS_TABLE,
+    "Table.data_dir": TFDS_TABLE,
     "Table.kind": {**ANY_TABLE, "data.target": "code"},
     "Table.numbers": {**ANY_TABLE, "data.on_bad": "skip"},
     "Table.max_bad": {**ANY_TABLE, "data.on_bad": "skip", "data.numbers": ("mixed",)},
@@ -434,6 +450,8 @@ REFUSES = {
     "Parallel.data",
     "TFDS.data_dir",
     "Text.data_dir",
+    "LabelledText.data_dir",
+    "Table.data_dir",
     "Table.max_categories",
     "Checked.max_bad",
 }

@@ -7,11 +7,14 @@ import os
 import pathlib
 import sys
 
+import made
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import tiny
 
 from research import UserError, run
+from research.data import prepare as preparing
 from research.data.splits import fingerprint
 from research.data.table import Table
 from research.data.transform import MISSING, OTHER, Category, Number, Transform
@@ -632,6 +635,91 @@ def test_a_run_goes_on_only_with_the_same_table(tmp_path):
 
 
 TITANIC = pathlib.Path(os.environ.get("ERGON_DATA") or "../shared/data") / "tables/titanic.csv"
+
+
+WINES = [
+    {
+        "features": {"alcohol": 9 + i % 5 / 4, "ice": i % 2 == 0, "year": 1990 + i},
+        "region": ("Jura", "Béarn", "")[i % 3],
+        "quality": i % 2,
+    }
+    for i in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def wines(tmp_path_factory):
+    """A TFDS data set of single values, some within a feature, and of an image."""
+    root = tmp_path_factory.mktemp("wines")
+    kinds = tfds.features
+    within = {"alcohol": kinds.Scalar(np.float32), "ice": kinds.Scalar(np.bool_), "year": np.int64}
+    features = {
+        "features": kinds.FeaturesDict(within),
+        "region": kinds.Text(),
+        "quality": kinds.ClassLabel(names=["sour", "fine"]),
+        "bottle": kinds.Image(shape=(2, 2, 1)),
+    }
+    bad = {**WINES[1], "features": {**WINES[1]["features"], "alcohol": float("nan")}}
+    splits = {"train": WINES, "test": WINES[:3], "odd": [WINES[0], bad]}
+    splits["none"] = [{**WINES[0], "quality": -1}]
+    (root / "bottle.png").write_text("no image: it is not to be decoded")
+    bottle = {"bottle": str(root / "bottle.png")}
+    splits = {name: [row | bottle for row in rows] for name, rows in splits.items()}
+    made.data_set(root, "wines", features, splits)
+    return {"tfds": "wines", "data_dir": str(root), "target": "quality", "ignore": ("bottle",)}
+
+
+def test_rows_of_tfds_are_those_of_a_file(wines, tmp_path):
+    ours = Table(**wines, path="train", test="test").load()
+    names = ["bottle", "features/alcohol", "features/ice", "features/year", "quality", "region"]
+
+    def row(wine):
+        alcohol, ice, year = wine["features"].values()
+        quality = ("sour", "fine")[wine["quality"]]
+        return ["", alcohol, str(ice).lower(), year, quality, wine["region"]]
+
+    rows = list(map(row, WINES))
+    given = {"target": "quality", "ignore": ("bottle",)}
+    file = write(tmp_path / "wines.csv", rows, names)
+    test = write(tmp_path / "test.csv", rows[:3], names)
+    theirs = Table(**given, path=file, test=test).load()
+    assert ours.files == theirs.files
+    assert ours.notes == theirs.notes
+    assert list(ours) == ["train", "validation", "test"]
+    assert fingerprint(ours) == fingerprint(theirs)
+    assert transform(ours).classes == ("fine", "sour")
+    part = Table(**wines, path="train[:50%]", test_share=0.1, missing="drop").load()
+    assert "wines/1.0.0 train[:50%]: 6 of 20 rows dropped, for a cell is missing" in part.notes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ignore": ()}, "wines/1.0.0 train: bottle is a Image, and a column has one value"),
+        ({"target": "alcohol"}, "has no column alcohol, which target names; it has bottle, feat"),
+        ({"test": "odd"}, r"wines-odd.*, row 1: features/alcohol is nan"),
+        ({"test": "none"}, r"wines-none.*, row 0: quality is '', which is none of"),
+        ({"path": "trial"}, "wines/1.0.0: the split trial cannot be read"),
+        ({"separator": ";"}, "separator is between cells of files, and wines is TFDS's"),
+    ],
+)
+def test_mistakes_about_rows_of_tfds(wines, fields, message):
+    with pytest.raises(UserError, match=message):
+        Table(**{"path": "train"} | wines | fields).load()
+
+
+def test_what_prepare_data_writes_of_a_table_is_read(tmp_path):
+    rows = [[str(i), f"{i / 8}", ("no", "yes")[i % 2]] for i in range(30)]
+    file = write(tmp_path / "plain.csv", rows, ["age", "size", "label"])
+    options = {"source": pathlib.Path(file), "kind": "table", "label": "label"}
+    preparing.prepare(preparing.Options(**options, name="plain", out=tmp_path / "tfds"))
+    source = Table(tfds="plain", data_dir=str(tmp_path / "tfds"), path="train", target="label")
+    np.testing.assert_array_equal(
+        *(
+            np.sort(np.concatenate([part.rows["inputs"][:, 0] for part in splits.values()]))
+            for splits in (source.load(), Table(path=file, target="label").load())
+        )
+    )
 
 
 @pytest.mark.skipif(not TITANIC.exists(), reason=f"{TITANIC} is not there")

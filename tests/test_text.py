@@ -1,10 +1,13 @@
 """Text from files: what is read, divided, cut into rows and refused."""
 
+import csv
 import itertools
 import json
 
+import made
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import tiny
 
 from research import UserError
@@ -561,3 +564,60 @@ def test_a_bad_row_of_tfds_is_named(poems):
     )
     with pytest.raises(UserError, match=r"poems-train.*, row 1: the training text has no char"):
         source.load()
+
+
+REVIEWS = [(f"{'good' if i % 2 else 'bad'} film,\tno. {i}", i % 2, "not read") for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """A TFDS data set of labelled texts, its classes named against the order of their numbers."""
+    root = tmp_path_factory.mktemp("reviews")
+    made.data_set(
+        root,
+        "reviews",
+        {
+            "text": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=["worse", "better"]),
+            "by": tfds.features.Text(),
+        },
+        {
+            "train": [dict(zip(("text", "label", "by"), row, strict=True)) for row in REVIEWS],
+            "test": [{"text": "a good film", "label": 1, "by": ""}],
+            "odd": [{"text": "a film", "label": -1, "by": ""}],
+            "bytes": [{"text": b"\xff film", "label": 0, "by": ""}],
+        },
+    )
+    return str(root)
+
+
+def test_labelled_rows_of_tfds_are_those_of_a_file(reviews, tmp_path):
+    given = {"length": 4, "validation_share": 0.2, "split": 3}
+    source = {"tfds": "reviews", "data_dir": reviews, "train": "train", "test": "test"}
+    ours = LabelledText(**source, **given).load()
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "by"), *REVIEWS])
+    (tmp_path / "test.csv").write_text("text,label,by\na good film,1,\n")
+    names = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    theirs = LabelledText(**names, **given).load()
+    assert ours.files == theirs.files
+    assert list(ours) == ["train", "validation", "test"]
+    assert fingerprint(ours) == fingerprint(theirs)
+    part = LabelledText(**source | {"train": "train[:50%]", "validation": "train[50%:]"}, length=4)
+    assert [len(split) for split in part.load().values()] == [10, 10, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tfds": "views"}, "has no data set views; it has: reviews"),
+        ({"test": "odd"}, r"reviews-odd.*, row 0: a label is an integer from 0, not '-1'"),
+        ({"test": "bytes"}, r"reviews-bytes.*, row 0: not UTF-8"),
+        ({"text": "review"}, "reviews/1.0.0 train has no column 'review'; it has by, label, text"),
+        ({"test": "test[:0]"}, "is empty"),
+    ],
+)
+def test_mistakes_about_labelled_rows_of_tfds(reviews, fields, message):
+    given = {"tfds": "reviews", "data_dir": reviews, "train": "train", "length": 3}
+    with pytest.raises(UserError, match=message):
+        LabelledText(**given | fields).load()

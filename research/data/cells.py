@@ -1,4 +1,5 @@
-"""The cells of a table, as text: CSV by the csv module, Parquet by pyarrow. Empty: missing."""
+"""The cells of a table, as text: CSV by the csv module, Parquet by pyarrow, and what
+`research.data.tfds.read_table` gives of a TFDS data set. Empty: missing."""
 
 import csv
 import dataclasses
@@ -18,17 +19,32 @@ Row = Sequence[str]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
-    """A file's rows, each with its place there. A row that cannot be read is None, and bad."""
+    """A table's rows, each with its place. A row that cannot be read is None, and bad."""
 
-    path: pathlib.Path
-    unit: str
-    """What places count: lines, or rows."""
+    source: str
+    """What the table is read from, as messages name it."""
     names: list[str]
     rows: list[Row | None]
     places: list[int]
+    locate: Callable[[int], str]
+    """The file and row, in words, of a place."""
     skip: Bad
     bad: np.ndarray
     """Which rows are bad, as far as is known."""
+
+    @classmethod
+    def of(
+        cls, source: str, names: list[str], rows: "Places", locate: Callable[[int], str], skip: Bad
+    ) -> "Cells":
+        """Raises UserError for a row that is bad, where none may be."""
+        there = list(rows)
+        read = [None if isinstance(row, str) else row for _, row in there]
+        places = [place for place, _ in there]
+        found = cls(source, names, read, places, locate, skip, np.zeros(len(there), bool))
+        for i, (_, row) in enumerate(there):
+            if isinstance(row, str):
+                found.refuse(i, row)
+        return found
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,7 +56,7 @@ class Cells:
             self.skip(self.where(i), reason)
 
     def where(self, i: int) -> str:
-        return f"{self.path}, {self.unit} {self.places[i]}"
+        return self.locate(self.places[i])
 
     def column(self, name: str, index: np.ndarray) -> list[str]:
         """A column's cells in rows that are not bad."""
@@ -91,17 +107,7 @@ def read(path: pathlib.Path, separator: str | None, skip: Bad, quotes: bool = Tr
             raise UserError(f"{path}: column {i + 1} has no name")
         if name in names[:i]:
             raise UserError(f"{path}: two columns are named {name}")
-    found = Cells(path, unit, names, [], [], skip, np.zeros(0, bool))
-    reasons: dict[int, str] = {}
-    for place, row in rows:
-        if isinstance(row, str):
-            reasons[len(found.rows)] = row
-        found.rows.append(None if isinstance(row, str) else row)
-        found.places.append(place)
-    found = dataclasses.replace(found, bad=np.zeros(len(found.rows), bool))
-    for i, reason in reasons.items():
-        found.refuse(i, reason)
-    return found
+    return Cells.of(str(path), names, rows, lambda place: f"{path}, {unit} {place}", skip)
 
 
 Places = Iterator[tuple[int, Row | str]]

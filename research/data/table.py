@@ -10,9 +10,10 @@ from annotated_types import Ge, Interval
 
 from research import UserError
 from research.data import cells, files
-from research.data.bad import Checked
+from research.data.bad import Bad, Checked
 from research.data.cells import Cells
 from research.data.splits import Examples, Splits
+from research.data.tfds import read_table
 from research.data.transform import (
     Category,
     Kind,
@@ -33,7 +34,8 @@ FEW = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table(Checked):
-    """A table with a header: train, validation and test rows of it, or test rows of a second file.
+    """A table with a header, or one of TFDS: train, validation and test rows of it, or test rows of
+    a second file.
 
     A column is of numbers, of truth values (true, false, yes, no) or of categories, as the training
     rows have it. Numbers are standardised, and categories one-hot, with what training rows have
@@ -44,11 +46,17 @@ class Table(Checked):
     """
 
     path: str
-    """.csv, .tsv or .parquet, below $ERGON_DATA where it is not found as it stands."""
+    """.csv, .tsv or .parquet, below $ERGON_DATA where it is not found as it stands; or a split."""
     target: str
     """The column that is to be predicted."""
     test: str | None = None
-    """Another file, with the same columns, that all test rows are of; None: a share of `path`."""
+    """Another file, or split, with the same columns, that all test rows are of; None: a share of
+    `path`."""
+    tfds: str | None = None
+    """A TFDS data set that path and test are then splits of, in TFDS's syntax; its columns are
+    features of one value, a/b being b within a, and classes have their names."""
+    data_dir: str = "tfds"
+    """Folder of TFDS data sets, as it stands or below $ERGON_DATA."""
     kind: Literal["classes", "regression"] | None = None
     """None: regression where the target is of numbers, not whole or of more than 20 values."""
     classes: tuple[str, ...] = ()
@@ -94,17 +102,19 @@ class Table(Checked):
             raise UserError(f"{min(both)} is in categories, and in numbers or indicators")
         if self.separator is not None and len(self.separator) != 1:
             raise UserError(f"separator must be one character, not {self.separator!r}")
+        if self.separator is not None and self.tfds is not None:
+            raise UserError(f"separator is between cells of files, and {self.tfds} is TFDS's")
         if self.missing == "drop" and self.indicators:
             raise UserError("indicators says where cells were missing, and drop drops those rows")
 
     def load(self) -> Splits:
         skip = self.bad()
         notes: list[str] = []
-        whole = cells.read(files.find(self.path), self.separator, skip)
+        whole = self._cells(self.path, skip)
         names = self._inputs(whole)
         other = None
         if self.test is not None:
-            other = cells.read(files.find(self.test), self.separator, skip)
+            other = self._cells(self.test, skip)
             self._same_columns(whole, other, names)
         if self.missing == "drop":
             whole = self._dropped(whole, names, notes)
@@ -115,7 +125,7 @@ class Table(Checked):
             parts["test"] = (other, np.arange(len(other)))
         for name, (file, index) in parts.items():
             if not len(index):
-                raise UserError(f"the {name} split is empty: {file.path} has {len(file)} rows")
+                raise UserError(f"the {name} split is empty: {file.source} has {len(file)} rows")
         transform = self._fit(whole, parts["train"][1], names, strata, classed)
         splits = {}
         for name, (file, index) in parts.items():
@@ -128,27 +138,34 @@ class Table(Checked):
         notes += skip.notes()
         return Splits(splits, {"table.json": transform.dumps()}, notes)
 
+    def _cells(self, at: str, skip: Bad) -> Cells:
+        if self.tfds is None:
+            return cells.read(files.find(at), self.separator, skip)
+        return read_table(
+            self.tfds, self.data_dir, at, skip, wanted=lambda name: name not in self.ignore
+        )
+
     def _inputs(self, file: Cells) -> list[str]:
         for field in ("target", "ignore", "categories", "numbers", "indicators"):
             value = getattr(self, field)
             for name in [value] if isinstance(value, str) else value:
                 if name not in file.names:
                     raise UserError(
-                        f"{file.path} has no column {name}, which {field} names; "
+                        f"{file.source} has no column {name}, which {field} names; "
                         f"it has {', '.join(file.names)}"
                     )
         found = [n for n in file.names if n != self.target and n not in self.ignore]
         if not found:
-            raise UserError(f"{file.path} has no column left to predict {self.target} from")
+            raise UserError(f"{file.source} has no column left to predict {self.target} from")
         return found
 
     def _same_columns(self, train: Cells, test: Cells, names: Sequence[str]) -> None:
         for name in (*names, self.target):
             if name not in test.names:
-                raise UserError(f"{test.path} has no column {name}, and {train.path} has one")
+                raise UserError(f"{test.source} has no column {name}, and {train.source} has one")
         for name in test.names:
             if name not in train.names and name not in self.ignore:
-                raise UserError(f"{test.path} has a column {name}, and {train.path} has none")
+                raise UserError(f"{test.source} has a column {name}, and {train.source} has none")
 
     def _empty(self, cell: str) -> bool:
         return not cell or cell in self.missing_values
@@ -161,9 +178,11 @@ class Table(Checked):
             empty[good] |= np.array([self._empty(cell) for cell in cells_of], bool)
         n = int(empty.sum())
         if n:
-            notes.append(f"{file.path}: {n} of {len(file)} rows dropped, for a cell is missing")
+            notes.append(f"{file.source}: {n} of {len(file)} rows dropped, for a cell is missing")
         if n == len(file) > 0:
-            raise UserError(f"{file.path}: a cell is missing in every row: see ignore, and missing")
+            raise UserError(
+                f"{file.source}: a cell is missing in every row: see ignore, and missing"
+            )
         return file.without(empty)
 
     def _labels(self, file: Cells) -> tuple[np.ndarray, bool]:
@@ -182,7 +201,7 @@ class Table(Checked):
         most = max(self.max_categories, FEW)
         if not self.classes and len(known) > most:
             raise UserError(
-                f"{file.path}: the target {self.target} has {len(known)} classes, more than "
+                f"{file.source}: the target {self.target} has {len(known)} classes, more than "
                 f"max_categories = {most}"
             )
         for i in np.flatnonzero(~file.bad).tolist():
@@ -242,12 +261,12 @@ class Table(Checked):
                 for name, kind in kinds.items()
             ]
         except UserError as error:
-            raise UserError(f"{file.path}: {error}") from None
+            raise UserError(f"{file.source}: {error}") from None
         classes = None
         if classed:
             classes = tuple(map(label, self.classes)) or classes_of(strata[good])
             if len(classes) < 2:
-                raise UserError(f"{file.path}: {self.target} has one class, {classes[0]}")
+                raise UserError(f"{file.source}: {self.target} has one class, {classes[0]}")
         return Transform(
             target=self.target,
             classes=classes,
@@ -258,7 +277,7 @@ class Table(Checked):
     def _good(self, file: Cells, index: np.ndarray) -> np.ndarray:
         good = index[~file.bad[index]]
         if not len(good):
-            raise UserError(f"{file.path}: every training row is bad")
+            raise UserError(f"{file.source}: every training row is bad")
         return good
 
     def _category(self, name: str, found: Sequence[str]) -> Category:
@@ -290,12 +309,12 @@ class Table(Checked):
     def _kind(self, file: Cells, good: np.ndarray, name: str) -> Kind:
         found = [cell for cell in self._column(file, good, name) if cell]
         if not found:
-            raise UserError(f"{file.path}: {_without_cells(name)}")
+            raise UserError(f"{file.source}: {_without_cells(name)}")
         if name in self.categories:
             return "category"
         kind = kind_of(found)
         if kind == "category" and name in self.indicators and name not in self.numbers:
-            raise UserError(f"{file.path}: column {name}, which indicators names, is no number")
+            raise UserError(f"{file.source}: column {name}, which indicators names, is no number")
         return "number" if kind == "category" and name in self.numbers else kind
 
     def _read(self, file: Cells, index: np.ndarray, name: str, boolean: bool) -> np.ndarray:

@@ -17,7 +17,7 @@ from research.data import cells, files, packed
 from research.data.bad import Bad, Checked
 from research.data.cells import Cells
 from research.data.splits import Examples, Split, Splits, Streams, Windows
-from research.data.tfds import Texts
+from research.data.tfds import Texts, read_table
 from research.data.tokens import (
     BPE,
     PADDING,
@@ -159,7 +159,8 @@ class Text(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledText(Checked):
-    """Classification of texts from .tsv (cells as they are), .csv or .parquet, with a header.
+    """Classification of texts from .tsv (cells as they are), .csv or .parquet, with a header, or
+    from TFDS.
 
     inputs: [batch, length] int32, words padded with 0; lengths, targets: [batch] int32. The
     vocabulary comes from the training rows: <pad>, <unk>, then words. A bad row has another number
@@ -171,8 +172,13 @@ class LabelledText(Checked):
     """The training file, below $ERGON_DATA where it is not found as it is named."""
     validation: str | None = None
     test: str | None = None
+    tfds: str | None = None
+    """A TFDS data set that train, validation and test are then splits of, in TFDS's syntax, and
+    `text` and `label` features of."""
+    data_dir: str = "tfds"
+    """Folder of TFDS data sets, as it stands or below $ERGON_DATA."""
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
-    """Of each class's training rows; where there is no validation file."""
+    """Of each class's training rows; where there is no validation file, or split."""
     split: Annotated[int, Ge(0)] = 0
     """Seed of that division."""
     text: str = "text"
@@ -197,13 +203,9 @@ class LabelledText(Checked):
         return Splits(parts, {"tokenizer.json": dumps(words)}, bad.notes())
 
     def rows(self, bad: Bad) -> dict[str, list[tuple[str, int | None]]]:
-        """Texts and labels by split, as they are in the files; a bad row has no label."""
+        """Texts and labels by split, in the files' order; a bad row has no label."""
         given = {"train": self.train, "validation": self.validation, "test": self.test}
-        paths = {name: files.find(path) for name, path in given.items() if path is not None}
-        tables = {
-            name: cells.read(path, None, bad, quotes=path.suffix != ".tsv")
-            for name, path in paths.items()
-        }
+        tables = {name: self._cells(at, bad) for name, at in given.items() if at is not None}
         for table in tables.values():
             self._check(table, tables["train"])
         found = {
@@ -216,30 +218,37 @@ class LabelledText(Checked):
                     table.refuse(i, f"no training row has the label {label}")
                     found[name][i] = text, None
             if table.bad.all():
-                raise UserError(f"{table.path}: {name} has no row that can be read")
+                raise UserError(f"{table.source}: {name} has no row that can be read")
         if "validation" not in found:
             found |= self._divided(found["train"])
             if not found["validation"]:
                 raise UserError(
-                    f"{paths['train']}: validation_share = {self.validation_share} of each class "
-                    "is no row"
+                    f"{tables['train'].source}: validation_share = {self.validation_share} of "
+                    "each class is no row"
                 )
         return {name: found[name] for name in ("train", "validation", "test") if name in found}
+
+    def _cells(self, at: str, bad: Bad) -> Cells:
+        if self.tfds is None:
+            path = files.find(at)
+            return cells.read(path, None, bad, quotes=path.suffix != ".tsv")
+        wanted = (self.text, self.label).__contains__
+        return read_table(self.tfds, self.data_dir, at, bad, wanted=wanted, numbers=True)
 
     def _check(self, table: Cells, train: Cells) -> None:
         """Raises UserError where a column is not there, or not the same as in training."""
         for name in (self.label, self.text):
             if name not in table.names:
                 raise UserError(
-                    f"{table.path} has no column {name!r}; it has {', '.join(table.names)}"
+                    f"{table.source} has no column {name!r}; it has {', '.join(table.names)}"
                 )
         if table.names != train.names:
             raise UserError(
-                f"{table.path} has the columns {', '.join(table.names)}, and {train.path} "
+                f"{table.source} has the columns {', '.join(table.names)}, and {train.source} "
                 f"{', '.join(train.names)}"
             )
         if not len(table):
-            raise UserError(f"{table.path} has no rows")
+            raise UserError(f"{table.source} has no rows")
 
     def _row(self, table: Cells, i: int) -> tuple[str, int | None]:
         if table.bad[i]:

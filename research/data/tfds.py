@@ -5,13 +5,15 @@ What is small is decoded once, into arrays that are memory-mapped; what is not, 
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import json
+import operator
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from research import UserError
 from research.data import files
 from research.data.bad import Bad, Checked
+from research.data.cells import Cells, Places, text
 from research.data.splits import Batch, Examples, Shuffled, Split, Splits
 
 Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
@@ -137,7 +140,8 @@ class Features:
                     raise UserError(f"data.{field}: no feature {named}; there are {known}")
                 return named
             if len(among) != 1:
-                raise UserError(f"data.{field}: {len(among)} {what} among {known}: name one")
+                every = "" if field == "targets" or images else "; data.table.Table reads several"
+                raise UserError(f"data.{field}: {len(among)} {what} among {known}: name one{every}")
             return among[0]
 
         known = ", ".join(sorted(features))
@@ -251,7 +255,7 @@ class Texts:
                 f"data.feature: {name} has no text {feature}; it has {', '.join(among)}"
             )
         self.name, self.split, self.feature = builder.info.full_name, split, feature or among[0]
-        self.source, self.files = _source(builder, split, None)
+        self.source, self.files = _source(builder, split, _undecoded(features, [self.feature]))
 
     def rows(self) -> list[bytes]:
         """Each with an end of line, as a file has them."""
@@ -264,6 +268,80 @@ class Texts:
     def key(self) -> list[Any]:
         """What tells these rows from others, unread."""
         return [self.name, self.split, self.feature, _stamps(self.files)]
+
+
+def read_table(
+    name: str,
+    data_dir: str,
+    split: str,
+    skip: Bad,
+    *,
+    wanted: Callable[[str], bool],
+    numbers: bool = False,
+) -> Cells:
+    """The rows of a split as those of a table: features of one value each are its columns.
+
+    Columns are in the order of their names, a feature b within a feature a being a/b. Only wanted
+    ones are read, the others' cells are empty. numbers: a class is its number; False: its name, and
+    an empty cell where the row has none.
+    """
+    builder = _builder(name, data_dir)
+    features = dict(sorted(_leaves(builder.info.features)))
+    found = {column: _cell(feature, numbers) for column, feature in features.items()}
+    source = f"{builder.info.full_name} {split}"
+    asked = {column: cell for column, cell in found.items() if wanted(column)}
+    for column, cell in asked.items():
+        if cell is None:
+            kind = type(features[column]).__name__
+            raise UserError(f"{source}: {column} is a {kind}, and a column has one value a row")
+    rows, places = _source(builder, split, _undecoded(dict(builder.info.features), asked))
+
+    def cells() -> Places:
+        for i in range(len(rows)):
+            try:
+                row = rows[i]
+                yield i, tuple(read(_leaf(row, k)) if (read := asked.get(k)) else "" for k in found)
+            except UnicodeDecodeError:
+                yield i, "not UTF-8"
+            except Exception as error:
+                yield i, f"cannot be read: {' '.join(str(error).split())}"
+
+    return Cells.of(source, list(found), cells(), lambda i: _place(places, i), skip)
+
+
+def _leaves(features: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Features by their whole names."""
+    from tensorflow_datasets import features as kinds
+
+    for name, feature in features.items():
+        if isinstance(feature, kinds.FeaturesDict):
+            yield from _leaves(feature, f"{above}{name}/")
+        else:
+            yield f"{above}{name}", feature
+
+
+def _leaf(row: Any, name: str) -> Any:
+    """The value in a row of a feature, by its whole name."""
+    return functools.reduce(operator.getitem, name.split("/"), row)
+
+
+def _cell(feature: Any, numbers: bool) -> Callable[[Any], str] | None:
+    """What makes a cell of a feature's value; None: the feature is not of one value."""
+    from tensorflow_datasets import features as kinds
+
+    if isinstance(feature, kinds.ClassLabel) and not numbers:
+        return lambda value: "" if value < 0 else str(feature.int2str(int(value)))
+    if isinstance(feature, kinds.Tensor) and feature.shape == ():
+        return lambda value: text(value.decode() if isinstance(value, bytes) else value)
+    return None
+
+
+def _undecoded(features: Mapping[str, Any], read: Collection[str]) -> Any:
+    """Has TFDS leave images that are not read as they are."""
+    import tensorflow_datasets as tfds
+
+    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
+    return {name: tfds.decode.SkipDecoding() for name in images if name not in read}
 
 
 Files = list[tuple[pathlib.Path, int, int]]
