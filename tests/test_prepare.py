@@ -587,6 +587,25 @@ def test_a_version_is_not_lost_between_two_renamings(tmp_path, monkeypatch):
     assert len(texts(tmp_path / "out")) == 20
 
 
+def test_all_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
+    synced, fsync, rename = [], os.fsync, os.rename
+
+    def noted(descriptor):
+        synced.append(os.stat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def moved(source, target):
+        inside = [source, *pathlib.Path(source).iterdir()]
+        assert {os.stat(path).st_ino for path in inside} <= set(synced)
+        rename(source, target)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", moved)
+    folder = made(lines(tmp_path / "in.txt", 10), "lines", tmp_path / "out").directory
+    assert synced == [os.stat(folder.parent).st_ino]
+
+
 def test_checksums_are_those_of_the_files_and_verify_names_what_differs(tmp_path):
     digits(tmp_path / "in", "train", 20)
     folder = made(tmp_path / "in", "idx", tmp_path / "out", shard_mb=0.0002).directory

@@ -240,6 +240,28 @@ def test_a_bad_row_that_is_read_while_training_ends_the_run_in_a_line(
         train(setup, tmp_path / "run", quiet=True)
 
 
+@pytest.mark.parametrize("max_bad", [1, 2])
+def test_bad_rows_of_several_workers_are_counted_together(max_bad, folder, tmp_path):
+    names = sorted(p.name for p in (folder / "beasts" / "1.0.0").glob("beasts-train*"))[:2]
+    bad = folder
+    for name in names:
+        bad = rewritten(bad, tmp_path / name, name, garbled)
+    split = source(bad, cache_gb=1e-9, on_bad="skip", max_bad=max_bad).load()["train"]
+    second = next(i for i in range(3, 40) if split.rows.where(i).endswith(f"{names[1]}, row 2"))
+
+    def apart(seed):  # in batches 0 and 1, which two workers make
+        of = [next(n for n in range(5) if i in shuffled(8 * n, 8, seed, 40)) for i in (2, second)]
+        return sorted(of) == [0, 1]
+
+    read = training(split, 8, next(filter(apart, range(99))), 0, 5, workers=2)
+    if max_bad == 1:
+        with pytest.raises(UserError, match=r"more than max_bad = 1 bad rows; .*cannot be decoded"):
+            list(read)
+    else:
+        assert sum(batch["bad"].sum() for batch in read) == 2
+        assert len(split.bad.found) == 2
+
+
 def test_skipped_rows_are_counted_in_the_metrics(folder, tmp_path):
     name = sorted(p.name for p in (folder / "beasts" / "1.0.0").glob("beasts-t*"))[0]
     bad = rewritten(folder, tmp_path / "bad", name, garbled)

@@ -472,8 +472,7 @@ def _write_shard(
 
     temporary = path.with_name(f".{path.name}.new")
     file_adapters.ArrayRecordFileAdapter.write_examples(temporary, records())
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync(temporary)
     digest = _sha256(temporary)
     os.replace(temporary, path)
     return Shard(sha256=digest, bytes=size)
@@ -531,6 +530,8 @@ def _finish(
             sums[path.name] = _sha256(path)
     text = json.dumps({"sha256": dict(sorted(sums.items()))}, indent=2) + "\n"
     (data / CHECKSUMS).write_text(text)
+    for path in (*data.iterdir(), data):
+        _sync(path)
     return {name: repr(feature) for name, feature in sorted(features.items())}
 
 
@@ -543,7 +544,17 @@ def _into_place(data: Path, target: Path, options: Options) -> None:
     if target.exists():
         os.rename(target, old)
     os.rename(data, target)
+    _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Has a file's bytes, or a folder's names, on the disk before anything else is done."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager

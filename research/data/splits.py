@@ -126,7 +126,17 @@ def training(
 ) -> Iterator[Batch]:
     """The batches of steps start to stop - 1; nothing before `start` is read."""
     batches = Lazy(lambda i: split.batch(start + i, batch_size, seed), stop - start)
-    return prefetched(batches, split.threads, workers)
+    found = prefetched(batches, split.threads, workers)
+    return _counted(split, found, seed, start) if workers and isinstance(split, Shuffled) else found
+
+
+def _counted(split: "Shuffled", batches: Iterator[Batch], seed: int, start: int) -> Iterator[Batch]:
+    """Batches whose bad rows, of which each worker knows its own, are counted together."""
+    for step, batch in enumerate(batches, start):
+        bad = batch.get("bad")
+        if bad is not None and bad.any():
+            split.take(shuffled(step * len(bad), len(bad), seed, len(split))[bad])
+        yield batch
 
 
 def together(split: Split, batch: Batch, workers: int) -> int:
