@@ -50,7 +50,8 @@ class Evaluator:
         example has any weight.
         """
         results = []
-        for batch in splits.prefetched(split.evaluation(batch_size), split.threads):
+        batches = split.evaluation(batch_size, parallel.share(self.mesh, batch_size))
+        for batch in splits.prefetched(batches, split.threads):
             placed = parallel.put(batch, self.mesh)
             *found, carry = self.step(params, model_state, carry, placed)
             results.append(found)

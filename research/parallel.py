@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -122,10 +123,33 @@ def fed(batch: Any, mesh: Mesh) -> Any:
     return batched(mesh)
 
 
+def share(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a batch that this process's devices hold, and that it alone reads.
+
+    Raises UserError where they do not follow one another.
+    """
+    held = batched(mesh).addressable_devices_indices_map((batch_size,)).values()
+    parts = sorted({index[0].indices(batch_size)[:2] for index in held if index})
+    for (_, stop), (start, _) in itertools.pairwise(parts):
+        if start != stop:
+            raise UserError(
+                f"process {jax.process_index()} holds rows up to {stop} and from {start} on of a "
+                "batch: the devices of a process must follow one another in the mesh"
+            )
+    return slice(parts[0][0], parts[-1][1])
+
+
 def put(batch: Mapping[str, np.ndarray] | Block, mesh: Mesh) -> Any:
-    """A batch, or a block of them, on the devices, each batch split over the mesh."""
+    """A batch, or a block of them, on the devices, each batch split over the mesh.
+
+    Where there are several processes each gives its `share`.
+    """
     # As numpy's, whatever they were: a device's own would be given away.
-    return _identity(fed(batch, mesh))(jax.tree.map(np.asarray, batch))
+    batch, places = jax.tree.map(np.asarray, batch), fed(batch, mesh)
+    if mesh.is_multi_process:
+        places = jax.tree.broadcast(places, batch)
+        return jax.tree.map(jax.make_array_from_process_local_data, places, batch)
+    return _identity(places)(batch)
 
 
 @functools.lru_cache

@@ -44,8 +44,9 @@ class Setup:
     @functools.cached_property
     def root(self) -> jax.Array:
         """The key that parameters, and each step's dropout, are derived from."""
-        key = jax.random.key(self.experiment.seed)
-        return jax.device_put(key, parallel.replicated(self.mesh))
+        made = functools.partial(jax.random.key, self.experiment.seed)
+        # By a program, as each process has some of the devices alone.
+        return jax.jit(made, out_shardings=parallel.replicated(self.mesh))()
 
     @functools.cached_property
     def abstract(self) -> train.State:
@@ -99,7 +100,17 @@ class Setup:
     def example(self) -> tuple[train.State, Any, jax.Array]:
         """The same, with a real batch and the real root key."""
         state, _, _ = self.abstract_example()
-        return state, parallel.put(self._first, self.mesh), self.root
+        if self.together > 1:
+            first: Any = self._block(0, 1, self.together)
+        else:
+            e = self.experiment
+            first = self.splits["train"].batch(0, self.batch_size, e.seed, self._part)
+        return state, parallel.put(first, self.mesh), self.root
+
+    @functools.cached_property
+    def _part(self) -> slice:
+        """The rows of a batch that this process reads."""
+        return parallel.share(self.mesh, self.batch_size)
 
     @property
     def together(self) -> int:
@@ -109,7 +120,7 @@ class Setup:
 
     @functools.cached_property
     def _first(self) -> Any:
-        """What the first step takes, in the host's memory."""
+        """What the first step takes of all processes, in the host's memory."""
         batch = self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
         together = splits.together(self.splits["train"], batch, self.experiment.workers)
         if together == 1:
@@ -120,7 +131,7 @@ class Setup:
     def _block(self, first: int, count: int, room: int) -> parallel.Block:
         """The batches of `count` steps, the last of them repeated where there is room."""
         e, train = self.experiment, self.splits["train"]
-        found = splits.stacked(train, first, count, self.batch_size, e.seed)
+        found = splits.stacked(train, first, count, self.batch_size, e.seed, self._part)
         if count < room:
             places = np.minimum(np.arange(room), count - 1)
             found = {k: v[places] for k, v in found.items()}
@@ -140,8 +151,9 @@ class Setup:
                 block = parallel.put(self._block(first, count, room), self.mesh)
                 yield from itertools.repeat(block, count)
         else:
+            train = self.splits["train"]
             batches = splits.training(
-                self.splits["train"], self.batch_size, e.seed, start, stop, e.workers
+                train, self.batch_size, e.seed, start, stop, e.workers, self._part
             )
             for batch in batches:
                 yield parallel.put(batch, self.mesh)
@@ -211,8 +223,6 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
 
     Raises UserError where data, model, task and devices do not fit one another.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: runs of several are not supported yet")
     record.require(experiment.tracker)
     data = experiment.data.load()
     for name in ("train", *experiment.final_splits):

@@ -1,5 +1,13 @@
 """Meshes and placement, by what each of the eight devices ends up holding."""
 
+import functools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +161,115 @@ def test_a_batch_is_split_over_all_devices(fsdp):
         rows = [np.asarray(part.data) for part in parts]
         assert [len(r) for r in rows] == [2] * 8
         np.testing.assert_array_equal(np.concatenate(rows), batch[key])
+
+
+PROCESS = """
+import json
+import sys
+
+import jax
+import numpy as np
+
+port, processes, me = map(int, sys.argv[1:])
+jax.config.update("jax_num_cpu_devices", 4 // processes)
+if processes > 1:
+    jax.distributed.initialize(f"localhost:{port}", processes, me)
+
+import tiny
+from jax.experimental import multihost_utils
+
+from research import UserError
+from research.data.splits import Examples, Streams
+from research.parallel import Block, Parallel, share
+from research.setup import prepare
+
+Streams.threads = 1  # so that its batches are made one by one
+taken, take = [], Examples.take
+
+
+def noted(self, index):
+    taken.append(len(index))
+    return take(self, index)
+
+
+def whole(array):
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array).tolist()
+
+
+found = {}
+for family in (tiny.mlp, tiny.lstm):
+    setup = prepare(family(steps=9))
+    state, step, losses, batches = setup.initial(), setup.step(), [], []
+    assert (setup.together > 1) == (family is tiny.mlp)
+    Examples.take = noted
+    for i, fed in enumerate(setup.feed(0, 9)):
+        batch = jax.jit(Block.at)(fed, i) if isinstance(fed, Block) else fed
+        batches.append({name: whole(array) for name, array in batch.items()})
+        state, metrics = step(state, fed, setup.root)
+        losses.append(float(metrics["loss"].total / metrics["loss"].weight))
+    found[family.__name__] = {
+        "batches": batches,
+        "losses": losses,
+        "metrics": setup.evaluate(state, "validation"),
+        "params": [whole(p) for p in jax.tree.leaves(state.params)],
+    }
+    Examples.take = take
+found["taken"] = sum(taken)
+devices = jax.devices()
+try:
+    share(Parallel().mesh(8, [devices[i] for i in (0, 2, 1, 3)]), 8)
+except UserError as error:
+    found["apart"] = str(error)
+print("found", json.dumps(found))
+"""
+
+
+def by_processes(processes):
+    """What each of several processes, of 4 devices in all, feeds and finds in nine steps."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(["tests", str(pathlib.Path.cwd())])
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": paths}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(port), str(processes), str(i)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, ended, strict=True):
+        assert process.returncode == 0, errors
+    lines = [next(x for x in out.splitlines() if x.startswith("found ")) for out, _ in ended]
+    return [json.loads(line.removeprefix("found ")) for line in lines]
+
+
+def test_processes_read_their_shares_and_step_as_one_does():
+    processes = 2
+    (one,) = by_processes(1)
+    # 9 batches of 16 rows, and two of the 21 that validate.
+    assert one["taken"] == 9 * 16 + 2 * 16
+    for found in by_processes(processes):
+        assert found["taken"] == one["taken"] / processes
+        assert "must follow one another" in found["apart"]
+        for family in ("mlp", "lstm"):
+            assert found[family]["batches"] == one[family]["batches"]
+            for part in ("losses", "metrics", "params"):
+                jax.tree.map(
+                    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+                    found[family][part],
+                    one[family][part],
+                )
 
 
 def test_placing_leaves_what_is_placed_as_it_was():

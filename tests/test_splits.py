@@ -235,7 +235,7 @@ class Asked:
     def __init__(self):
         self.calls = []
 
-    def batch(self, step, batch_size, seed):
+    def batch(self, step, batch_size, seed, part):
         self.calls.append((step, batch_size, seed))
         return {"inputs": np.array([step])}
 

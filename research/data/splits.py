@@ -122,21 +122,29 @@ def _end_with_parent() -> None:
 
 
 def training(
-    split: Split, batch_size: int, seed: int, start: int, stop: int, workers: int = 0
+    split: Split,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int = 0,
+    part: slice = ALL,
 ) -> Iterator[Batch]:
-    """The batches of steps start to stop - 1; nothing before `start` is read."""
-    batches = Lazy(lambda i: split.batch(start + i, batch_size, seed), stop - start)
+    """The batches of steps start to stop - 1, or a part of each; nothing before `start` is read."""
+    batches = Lazy(lambda i: split.batch(start + i, batch_size, seed, part), stop - start)
     found = prefetched(batches, split.threads, workers)
-    return _counted(split, found, seed, start) if workers and isinstance(split, Shuffled) else found
+    if not (workers and isinstance(split, Shuffled)):
+        return found
 
+    def counted() -> Iterator[Batch]:
+        """Each worker knows its own bad rows alone: read again here, they are counted together."""
+        for step, batch in enumerate(found, start):
+            if "bad" in batch and batch["bad"].any():
+                rows = shuffled(step * batch_size, batch_size, seed, len(split))[part]
+                split.take(rows[batch["bad"]])
+            yield batch
 
-def _counted(split: "Shuffled", batches: Iterator[Batch], seed: int, start: int) -> Iterator[Batch]:
-    """Batches whose bad rows, of which each worker knows its own, are counted together."""
-    for step, batch in enumerate(batches, start):
-        bad = batch.get("bad")
-        if bad is not None and bad.any():
-            split.take(shuffled(step * len(bad), len(bad), seed, len(split))[bad])
-        yield batch
+    return counted()
 
 
 def together(split: Split, batch: Batch, workers: int) -> int:
@@ -146,14 +154,17 @@ def together(split: Split, batch: Batch, workers: int) -> int:
     return int(np.clip(2**20 // sum(array.nbytes for array in batch.values()), 1, 256))
 
 
-def stacked(split: Split, first: int, count: int, batch_size: int, seed: int) -> Batch:
-    """The batches of `count` steps from `first` on, on a new first axis."""
+def stacked(
+    split: Split, first: int, count: int, batch_size: int, seed: int, part: slice = ALL
+) -> Batch:
+    """The batches of `count` steps from `first` on, or a part of each, on a new first axis."""
     kind: Any = type(split)
     if isinstance(split, Examples) and (kind.batch, kind.take) == (Shuffled.batch, Examples.take):
         # Their rows follow one another, so that each array is indexed once.
-        found = split.take(shuffled(first * batch_size, count * batch_size, seed, len(split)))
-        return {k: v.reshape(count, batch_size, *v.shape[1:]) for k, v in found.items()}
-    batches = [split.batch(first + i, batch_size, seed) for i in range(count)]
+        rows = shuffled(first * batch_size, count * batch_size, seed, len(split))
+        found = split.take(rows.reshape(count, batch_size)[:, part].ravel())
+        return {k: v.reshape(count, -1, *v.shape[1:]) for k, v in found.items()}
+    batches = [split.batch(first + i, batch_size, seed, part) for i in range(count)]
     return {k: np.stack([batch[k] for batch in batches]) for k in batches[0]}
 
 
