@@ -139,7 +139,7 @@ def _first(wrong: np.ndarray) -> tuple[int, ...] | None:
     """The place of the first that is wrong."""
     if not wrong.any():
         return None
-    return tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
 
 
 def _check_alike(split: str, rows: Mapping[str, np.ndarray], train: Mapping[str, Any]) -> None:
