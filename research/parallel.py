@@ -91,6 +91,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def replicate(key: jax.Array, mesh: Mesh) -> jax.Array:
+    """A random key, the same in every process, on all devices."""
+    if not mesh.is_multi_process:
+        return jax.device_put(key, replicated(mesh))
+    data = jax.device_get(jax.random.key_data(key))
+    whole = jax.make_array_from_process_local_data(replicated(mesh), data)
+    return jax.random.wrap_key_data(whole, impl=jax.random.key_impl(key))
+
+
+def refuse_several() -> None:
+    """Raises UserError where there are several processes."""
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes: runs of several are not supported yet")
+
+
 def batched(mesh: Mesh) -> NamedSharding:
     """Split over the first axis, as batches are."""
     return NamedSharding(mesh, BATCH)
@@ -126,10 +141,12 @@ def fed(batch: Any, mesh: Mesh) -> Any:
 def share(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a batch that this process's devices hold, and that it alone reads.
 
-    Raises UserError where they do not follow one another.
+    Raises UserError where they do not follow one another, or where there are none.
     """
     held = batched(mesh).addressable_devices_indices_map((batch_size,)).values()
     parts = sorted({index[0].indices(batch_size)[:2] for index in held if index})
+    if not parts:
+        raise UserError(f"no device of the mesh is of process {jax.process_index()}")
     for (_, stop), (start, _) in itertools.pairwise(parts):
         if start != stop:
             raise UserError(

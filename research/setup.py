@@ -44,9 +44,7 @@ class Setup:
     @functools.cached_property
     def root(self) -> jax.Array:
         """The key that parameters, and each step's dropout, are derived from."""
-        made = functools.partial(jax.random.key, self.experiment.seed)
-        # By a program, as each process has some of the devices alone.
-        return jax.jit(made, out_shardings=parallel.replicated(self.mesh))()
+        return parallel.replicate(jax.random.key(self.experiment.seed), self.mesh)
 
     @functools.cached_property
     def abstract(self) -> train.State:
@@ -100,12 +98,11 @@ class Setup:
     def example(self) -> tuple[train.State, Any, jax.Array]:
         """The same, with a real batch and the real root key."""
         state, _, _ = self.abstract_example()
-        if self.together > 1:
-            first: Any = self._block(0, 1, self.together)
-        else:
-            e = self.experiment
-            first = self.splits["train"].batch(0, self.batch_size, e.seed, self._part)
-        return state, parallel.put(first, self.mesh), self.root
+        first, part = self._first, self._part
+        if isinstance(first, parallel.Block):
+            ours = {k: v[:, part] for k, v in first.batches.items()}
+            return state, parallel.put(parallel.Block(first.first, ours), self.mesh), self.root
+        return state, parallel.put({k: v[part] for k, v in first.items()}, self.mesh), self.root
 
     @functools.cached_property
     def _part(self) -> slice:
@@ -221,8 +218,11 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
 
     devices: the mesh's (default: all there are).
 
-    Raises UserError where data, model, task and devices do not fit one another.
+    Raises UserError where data, model, task and devices do not fit one another, and for devices of
+    several processes that were not asked for by name: no command can use them yet.
     """
+    if devices is None:
+        parallel.refuse_several()
     record.require(experiment.tracker)
     data = experiment.data.load()
     for name in ("train", *experiment.final_splits):

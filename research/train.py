@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from research import UserError, checkpoint, compute, parallel, run, timing
+from research import checkpoint, compute, parallel, run, timing
 from research.evaluate import mean
 from research.init_from import replaced
 from research.modules import merged, variables
@@ -157,8 +157,7 @@ def train(
     SystemExit.
     """
     e = setup.experiment
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: runs of several are not supported yet")
+    parallel.refuse_several()
     news = run.check(workdir, e, setup.fingerprint)
     if finished := run.finished(workdir, e, news):
         return finished

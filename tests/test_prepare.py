@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import pathlib
 import random
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -603,7 +605,20 @@ def test_all_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "rename", moved)
     folder = made(lines(tmp_path / "in.txt", 10), "lines", tmp_path / "out").directory
-    assert synced == [os.stat(folder.parent).st_ino]
+    assert synced == [os.stat(path).st_ino for path in (folder.parent, tmp_path / "out")]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_obstacle(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refusing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    made(lines(tmp_path / "in.txt", 10), "lines", tmp_path / "out")
+    assert len(texts(tmp_path / "out")) == 10
 
 
 def test_checksums_are_those_of_the_files_and_verify_names_what_differs(tmp_path):

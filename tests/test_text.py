@@ -566,7 +566,11 @@ def test_a_bad_row_of_tfds_is_named(poems):
         source.load()
 
 
-REVIEWS = [(f"{'good' if i % 2 else 'bad'} film,\tno. {i}", i % 2, "not read") for i in range(20)]
+COLUMNS = ("text", "label", "by", "long")
+REVIEWS = [
+    (f"{'good' if i % 2 else 'bad'} film,\tno. {i}", i % 2, "not read", i % 2 == 0)
+    for i in range(20)
+]
 
 
 @pytest.fixture(scope="module")
@@ -580,12 +584,16 @@ def reviews(tmp_path_factory):
             "text": tfds.features.Text(),
             "label": tfds.features.ClassLabel(names=["worse", "better"]),
             "by": tfds.features.Text(),
+            "long": tfds.features.Scalar(np.bool_),
         },
         {
-            "train": [dict(zip(("text", "label", "by"), row, strict=True)) for row in REVIEWS],
-            "test": [{"text": "a good film", "label": 1, "by": ""}],
-            "odd": [{"text": "a film", "label": -1, "by": ""}],
-            "bytes": [{"text": b"\xff film", "label": 0, "by": ""}],
+            name: [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+            for name, rows in {
+                "train": REVIEWS,
+                "test": [("a good film", 1, "", False)],
+                "odd": [("a film", -1, "", False)],
+                "bytes": [(b"\xff film", 0, "", False)],
+            }.items()
         },
     )
     return str(root)
@@ -596,8 +604,8 @@ def test_labelled_rows_of_tfds_are_those_of_a_file(reviews, tmp_path):
     source = {"tfds": "reviews", "data_dir": reviews, "train": "train", "test": "test"}
     ours = LabelledText(**source, **given).load()
     with (tmp_path / "train.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "label", "by"), *REVIEWS])
-    (tmp_path / "test.csv").write_text("text,label,by\na good film,1,\n")
+        csv.writer(file).writerows([COLUMNS, *REVIEWS])
+    (tmp_path / "test.csv").write_text("text,label,by,long\na good film,1,,no\n")
     names = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
     theirs = LabelledText(**names, **given).load()
     assert ours.files == theirs.files
@@ -605,6 +613,13 @@ def test_labelled_rows_of_tfds_are_those_of_a_file(reviews, tmp_path):
     assert fingerprint(ours) == fingerprint(theirs)
     part = LabelledText(**source | {"train": "train[:50%]", "validation": "train[50%:]"}, length=4)
     assert [len(split) for split in part.load().values()] == [10, 10, 1]
+    truth = LabelledText(**source, **given, label="long").load()  # 1 where it is true
+    words = [
+        json.loads(data.files["tokenizer.json"])["words"].index("good") for data in (ours, truth)
+    ]
+    for data, i, of_good in zip((ours, truth), words, (1, 0), strict=True):
+        rows = data["validation"].rows
+        np.testing.assert_array_equal(rows["targets"] == of_good, (rows["inputs"] == i).any(1))
 
 
 @pytest.mark.parametrize(
@@ -613,8 +628,12 @@ def test_labelled_rows_of_tfds_are_those_of_a_file(reviews, tmp_path):
         ({"tfds": "views"}, "has no data set views; it has: reviews"),
         ({"test": "odd"}, r"reviews-odd.*, row 0: a label is an integer from 0, not '-1'"),
         ({"test": "bytes"}, r"reviews-bytes.*, row 0: not UTF-8"),
-        ({"text": "review"}, "reviews/1.0.0 train has no column 'review'; it has by, label, text"),
+        (
+            {"text": "review"},
+            "reviews/1.0.0 train has no column review; it has by, label, long, text",
+        ),
         ({"test": "test[:0]"}, "is empty"),
+        ({"text": "label"}, "text and label are both the column label"),
     ],
 )
 def test_mistakes_about_labelled_rows_of_tfds(reviews, fields, message):

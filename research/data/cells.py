@@ -32,18 +32,33 @@ class Cells:
     bad: np.ndarray
     """Which rows are bad, as far as is known."""
 
+    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Of columns that are declared to be of classes, those classes in the order of their
+    numbers."""
+
     @classmethod
     def of(
-        cls, source: str, names: list[str], rows: "Places", locate: Callable[[int], str], skip: Bad
+        cls,
+        source: str,
+        names: list[str],
+        rows: "Places",
+        locate: Callable[[int], str],
+        skip: Bad,
+        classes: Mapping[str, tuple[str, ...]] | None = None,
     ) -> "Cells":
         """Raises UserError for a row that is bad, where none may be."""
-        there = list(rows)
-        read = [None if isinstance(row, str) else row for _, row in there]
-        places = [place for place, _ in there]
-        found = cls(source, names, read, places, locate, skip, np.zeros(len(there), bool))
-        for i, (_, row) in enumerate(there):
+        read: list[Row | None] = []
+        places: list[int] = []
+        reasons: dict[int, str] = {}
+        for place, row in rows:
             if isinstance(row, str):
-                found.refuse(i, row)
+                reasons[len(read)] = row
+            read.append(None if isinstance(row, str) else row)
+            places.append(place)
+        bad = np.zeros(len(read), bool)
+        found = cls(source, names, read, places, locate, skip, bad, classes or {})
+        for i, reason in reasons.items():
+            found.refuse(i, reason)
         return found
 
     def __len__(self) -> int:
@@ -70,11 +85,13 @@ class Cells:
 
 
 def text(value: Any) -> str:
-    """A cell's value as text; None as an empty cell."""
+    """A cell's value as text, bytes being UTF-8; None as an empty cell."""
     if value is None:
         return ""
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
+    if isinstance(value, bytes):
+        return value.decode().strip()
     if isinstance(value, float | np.floating) and value == int_of(value):
         return str(int_of(value))
     return str(value).strip()
@@ -185,7 +202,19 @@ def _whole(row: Sequence[str | None]) -> Row | str:
 def columns(
     rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], names: Sequence[str]
 ) -> dict[str, list[str]]:
-    """The named columns of raw rows, or of columns, as text. Raises UserError for one absent."""
+    """The named columns of raw rows, or of columns, as text.
+
+    Raises UserError for a column that is absent, or bytes that are no text.
+    """
+    try:
+        return _columns(rows, names)
+    except UnicodeDecodeError:
+        raise UserError("a cell has bytes that are not UTF-8") from None
+
+
+def _columns(
+    rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], names: Sequence[str]
+) -> dict[str, list[str]]:
     if isinstance(rows, Mapping):
         for name in names:
             if name not in rows:

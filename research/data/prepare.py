@@ -9,6 +9,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -545,6 +546,7 @@ def _into_place(data: Path, target: Path, options: Options) -> None:
         os.rename(target, old)
     os.rename(data, target)
     _sync(target.parent)
+    _sync(target.parent.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -553,6 +555,10 @@ def _sync(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        # Some network file systems cannot do it to a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF)):
+            raise
     finally:
         os.close(opened)
 

@@ -133,7 +133,7 @@ def training(
     """The batches of steps start to stop - 1, or a part of each; nothing before `start` is read."""
     batches = Lazy(lambda i: split.batch(start + i, batch_size, seed, part), stop - start)
     found = prefetched(batches, split.threads, workers)
-    if not (workers and isinstance(split, Shuffled)):
+    if not (workers and split.threads and isinstance(split, Shuffled)):
         return found
 
     def counted() -> Iterator[Batch]:

@@ -142,13 +142,27 @@ class Table(Checked):
         if self.tfds is None:
             return cells.read(files.find(at), self.separator, skip)
         return read_table(
-            self.tfds, self.data_dir, at, skip, wanted=lambda name: name not in self.ignore
+            self.tfds,
+            self.data_dir,
+            at,
+            skip,
+            named=[name for names in self._named().values() for name in names],
+            wanted=lambda name: name not in self.ignore,
         )
 
+    def _named(self) -> dict[str, tuple[str, ...]]:
+        """Columns by the fields that name them."""
+        return {
+            "target": (self.target,),
+            "ignore": self.ignore,
+            "categories": self.categories,
+            "numbers": self.numbers,
+            "indicators": self.indicators,
+        }
+
     def _inputs(self, file: Cells) -> list[str]:
-        for field in ("target", "ignore", "categories", "numbers", "indicators"):
-            value = getattr(self, field)
-            for name in [value] if isinstance(value, str) else value:
+        for field, names in self._named().items():
+            for name in names:
                 if name not in file.names:
                     raise UserError(
                         f"{file.source} has no column {name}, which {field} names; "
@@ -194,12 +208,13 @@ class Table(Checked):
                 file.refuse(i, f"{self.target}, the target, is missing")
             else:
                 found[i] = label(cell)
-        classed = self._classed(set(found[~file.bad]))
+        classed = self._classed(file, set(found[~file.bad]))
         if not classed:
             return np.where(file.bad, "", "0"), False
-        known = tuple(map(label, self.classes)) or classes_of(found[~file.bad])
+        given = self._given(file)
+        known = given or classes_of(found[~file.bad])
         most = max(self.max_categories, FEW)
-        if not self.classes and len(known) > most:
+        if not given and len(known) > most:
             raise UserError(
                 f"{file.source}: the target {self.target} has {len(known)} classes, more than "
                 f"max_categories = {most}"
@@ -209,9 +224,13 @@ class Table(Checked):
                 file.refuse(i, f"{self.target} is {found[i]!r}, {none_of(known)}")
         return np.where(file.bad, "", found), True
 
-    def _classed(self, labels: set[str]) -> bool:
+    def _given(self, file: Cells) -> tuple[str, ...]:
+        """The classes that were given, or that the file declares; () where they are to be found."""
+        return tuple(map(label, self.classes or file.classes.get(self.target, ())))
+
+    def _classed(self, file: Cells, labels: set[str]) -> bool:
         """Whether different labels are classes."""
-        if self.kind is not None or self.classes:
+        if self.kind is not None or self._given(file):
             return self.kind != "regression"
         values = [value for name in labels if (value := number(name)) is not None]
         whole = all(cells.int_of(v) is not None for v in values if math.isfinite(v))
@@ -264,7 +283,7 @@ class Table(Checked):
             raise UserError(f"{file.source}: {error}") from None
         classes = None
         if classed:
-            classes = tuple(map(label, self.classes)) or classes_of(strata[good])
+            classes = self._given(file) or classes_of(strata[good])
             if len(classes) < 2:
                 raise UserError(f"{file.source}: {self.target} has one class, {classes[0]}")
         return Transform(
@@ -310,7 +329,7 @@ class Table(Checked):
         found = [cell for cell in self._column(file, good, name) if cell]
         if not found:
             raise UserError(f"{file.source}: {_without_cells(name)}")
-        if name in self.categories:
+        if name in self.categories or (name in file.classes and name not in self.numbers):
             return "category"
         kind = kind_of(found)
         if kind == "category" and name in self.indicators and name not in self.numbers:

@@ -194,6 +194,10 @@ class LabelledText(Checked):
     min_count: Annotated[int, Ge(1)] = 1
     """Times that training rows must have a word."""
 
+    def __post_init__(self) -> None:
+        if self.text == self.label:
+            raise UserError(f"text and label are both the column {self.text}")
+
     def load(self) -> Splits:
         bad = self.bad()
         rows = self.rows(bad)
@@ -232,8 +236,16 @@ class LabelledText(Checked):
         if self.tfds is None:
             path = files.find(at)
             return cells.read(path, None, bad, quotes=path.suffix != ".tsv")
-        wanted = (self.text, self.label).__contains__
-        return read_table(self.tfds, self.data_dir, at, bad, wanted=wanted, numbers=True)
+        read = (self.text, self.label)
+        return read_table(
+            self.tfds,
+            self.data_dir,
+            at,
+            bad,
+            named=read,
+            wanted=read.__contains__,
+            numbers=True,
+        )
 
     def _check(self, table: Cells, train: Cells) -> None:
         """Raises UserError where a column is not there, or not the same as in training."""

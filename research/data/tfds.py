@@ -27,6 +27,8 @@ from research.data.cells import Cells, Places, text
 from research.data.splits import Batch, Examples, Shuffled, Split, Splits
 
 Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
+Path = tuple[str, ...]
+"""The name of a feature, after those of the features that it is within."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's names of images, by their channels."""
 NARROW = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
@@ -177,12 +179,11 @@ class _Rows:
     """The rows of a split as they are read: `rows[i]` is (inputs, target)."""
 
     def __init__(self, builder: Any, split: str, features: Features, size: Size | None) -> None:
-        import tensorflow_datasets as tfds
-
         self.features, self.size, self.split = features, size, split
         self.name = builder.info.full_name
-        skip = {features.inputs: tfds.decode.SkipDecoding()} if features.image else None
-        self.source, self.files = _source(builder, split, skip)
+        names = [(features.inputs,), (features.targets,)]
+        self.records = _Records(builder, split, names, encoded=names[:1] if features.image else ())
+        self.files = self.records.files
         shape = builder.info.features[features.inputs].shape
         self.shape = shape if size is None else (*size, shape[-1])
         dtype = builder.info.features[features.inputs].np_dtype
@@ -192,7 +193,7 @@ class _Rows:
         self.target_dtype = np.dtype(np.int32 if features.classes else np.float32)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.records)
 
     @property
     def bytes(self) -> int:
@@ -200,7 +201,7 @@ class _Rows:
         return len(self) * int(np.prod(self.shape)) * self.dtype.itemsize
 
     def where(self, i: int) -> str:
-        return _place(self.files, i)
+        return self.records.where(i)
 
     def blank(self) -> tuple[np.ndarray, np.ndarray]:
         """What stands in the place of a bad row."""
@@ -210,7 +211,7 @@ class _Rows:
         """Inputs and target of a row. Raises ValueError, with the reason, where it is bad."""
         names = self.features
         try:
-            row = self.source[i]
+            row = self.records[i]
         except Exception as error:
             raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
         inputs, target = row[names.inputs], row[names.targets]
@@ -255,19 +256,19 @@ class Texts:
                 f"data.feature: {name} has no text {feature}; it has {', '.join(among)}"
             )
         self.name, self.split, self.feature = builder.info.full_name, split, feature or among[0]
-        self.source, self.files = _source(builder, split, _undecoded(features, [self.feature]))
+        self.records = _Records(builder, split, [(self.feature,)])
 
     def rows(self) -> list[bytes]:
         """Each with an end of line, as a file has them."""
-        found = (row[self.feature] for row in self.source)
+        found = (self.records[i][self.feature] for i in range(len(self.records)))
         return [text if text.endswith(b"\n") else text + b"\n" for text in found]
 
     def where(self, i: int) -> str:
-        return _place(self.files, i)
+        return self.records.where(i)
 
     def key(self) -> list[Any]:
         """What tells these rows from others, unread."""
-        return [self.name, self.split, self.feature, _stamps(self.files)]
+        return [self.name, self.split, self.feature, _stamps(self.records.files)]
 
 
 def read_table(
@@ -276,86 +277,135 @@ def read_table(
     split: str,
     skip: Bad,
     *,
+    named: Collection[str],
     wanted: Callable[[str], bool],
     numbers: bool = False,
 ) -> Cells:
     """The rows of a split as those of a table: features of one value each are its columns.
 
     Columns are in the order of their names, a feature b within a feature a being a/b. Only wanted
-    ones are read, the others' cells are empty. numbers: a class is its number; False: its name, and
-    an empty cell where the row has none.
+    ones are read, the others' cells are empty. named: columns that there must be. numbers: a class
+    is its number; False: its name, and an empty cell where the row has none. Raises UserError for
+    columns that are not there or not of one value, before any row is read.
     """
     builder = _builder(name, data_dir)
-    features = dict(sorted(_leaves(builder.info.features)))
-    found = {column: _cell(feature, numbers) for column, feature in features.items()}
     source = f"{builder.info.full_name} {split}"
-    asked = {column: cell for column, cell in found.items() if wanted(column)}
-    for column, cell in asked.items():
-        if cell is None:
-            kind = type(features[column]).__name__
-            raise UserError(f"{source}: {column} is a {kind}, and a column has one value a row")
-    rows, places = _source(builder, split, _undecoded(dict(builder.info.features), asked))
+    leaves = {"/".join(path): (path, f) for path, f in _leaves(builder.info.features)}
+    names = sorted(leaves)
+    for column in named:
+        if column not in leaves:
+            raise UserError(f"{source} has no column {column}; it has {', '.join(names)}")
+    read = {column: _cell(leaves[column][1], numbers) for column in filter(wanted, names)}
+    if odd := [f"{k} ({type(leaves[k][1]).__name__})" for k, cell in read.items() if cell is None]:
+        raise UserError(f"{source}: a column is of one value a row, and not so {', '.join(odd)}")
+    records = _Records(builder, split, [leaves[column][0] for column in read])
+
+    def cell(row: Any, column: str) -> str:
+        made = read.get(column)
+        return made(functools.reduce(operator.getitem, leaves[column][0], row)) if made else ""
 
     def cells() -> Places:
-        for i in range(len(rows)):
-            try:
-                row = rows[i]
-                yield i, tuple(read(_leaf(row, k)) if (read := asked.get(k)) else "" for k in found)
-            except UnicodeDecodeError:
-                yield i, "not UTF-8"
-            except Exception as error:
-                yield i, f"cannot be read: {' '.join(str(error).split())}"
+        with _progress(f"reading {source}", len(records)) as bar:
+            for i in range(len(records)):
+                bar.update()
+                try:
+                    row = records[i]
+                    yield i, tuple(cell(row, column) for column in names)
+                except UnicodeDecodeError:
+                    yield i, "not UTF-8"
+                except Exception as error:
+                    yield i, f"cannot be read: {' '.join(str(error).split())}"
 
-    return Cells.of(source, list(found), cells(), lambda i: _place(places, i), skip)
+    classes = {column: _classes(leaves[column][1]) for column in read}
+    known = {} if numbers else {column: of for column, of in classes.items() if of}
+    return Cells.of(source, names, cells(), records.where, skip, known)
 
 
-def _leaves(features: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Features by their whole names."""
+def _leaves(features: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Features by their names, after those that they are within."""
     from tensorflow_datasets import features as kinds
 
     for name, feature in features.items():
         if isinstance(feature, kinds.FeaturesDict):
-            yield from _leaves(feature, f"{above}{name}/")
+            yield from _leaves(feature, (*above, name))
         else:
-            yield f"{above}{name}", feature
+            yield (*above, name), feature
 
 
-def _leaf(row: Any, name: str) -> Any:
-    """The value in a row of a feature, by its whole name."""
-    return functools.reduce(operator.getitem, name.split("/"), row)
+def _classes(feature: Any) -> tuple[str, ...]:
+    """The names of a feature's classes; () where it has none."""
+    from tensorflow_datasets import features as kinds
+
+    if not isinstance(feature, kinds.ClassLabel) or feature.num_classes is None:
+        return ()
+    return tuple(map(str, map(feature.int2str, range(feature.num_classes))))
 
 
 def _cell(feature: Any, numbers: bool) -> Callable[[Any], str] | None:
     """What makes a cell of a feature's value; None: the feature is not of one value."""
     from tensorflow_datasets import features as kinds
 
-    if isinstance(feature, kinds.ClassLabel) and not numbers:
-        return lambda value: "" if value < 0 else str(feature.int2str(int(value)))
-    if isinstance(feature, kinds.Tensor) and feature.shape == ():
-        return lambda value: text(value.decode() if isinstance(value, bytes) else value)
-    return None
+    if not isinstance(feature, kinds.Tensor) or feature.shape != ():
+        return None
+    if (classes := _classes(feature)) and not numbers:
+        return lambda value: "" if value is None or value < 0 else classes[value]
+    if np.issubdtype(feature.np_dtype, np.floating):
+        # TFDS keeps 32 bits, and gives them as 64: 0.1 as 0.10000000149011612.
+        return lambda value: text(None if value is None else np.float32(value))
+    if np.issubdtype(feature.np_dtype, np.bool_) and numbers:
+        return lambda value: text(None if value is None else int(value))
+    return text
 
 
-def _undecoded(features: Mapping[str, Any], read: Collection[str]) -> Any:
-    """Has TFDS leave images that are not read as they are."""
-    import tensorflow_datasets as tfds
+class _Records:
+    """The rows of a split, with some of their features: the others are not decoded."""
 
-    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
-    return {name: tfds.decode.SkipDecoding() for name in images if name not in read}
+    def __init__(
+        self, builder: Any, split: str, paths: Collection[Path], encoded: Collection[Path] = ()
+    ) -> None:
+        """encoded: images that are given as they are kept. Raises UserError for an empty split."""
+        import tensorflow_datasets as tfds
+
+        self.features = _only(builder.info.features, paths)
+        self.decoders = {name: tfds.decode.SkipDecoding() for (name,) in encoded} or None
+        self.source, self.files = _source(builder, split)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.features.deserialize_example_np(self.source[i], decoders=self.decoders)
+
+    def where(self, i: int) -> str:
+        return _place(self.files, i)
+
+
+def _only(features: Any, paths: Collection[Path]) -> Any:
+    """Features without those that no path leads to."""
+    from tensorflow_datasets import features as kinds
+
+    if not isinstance(features, kinds.FeaturesDict):
+        return features
+    names = dict.fromkeys(path[0] for path in paths)
+    below = {name: [path[1:] for path in paths if path[0] == name] for name in names}
+    return kinds.FeaturesDict({name: _only(features[name], rest) for name, rest in below.items()})
 
 
 Files = list[tuple[pathlib.Path, int, int]]
 """A split's files, and in each the first row that is of it and how many are; -1: to the end."""
 
 
-def _source(builder: Any, split: str, decoders: Any) -> tuple[Any, Files]:
-    """The rows of a split, and where they are. Raises UserError where there are none."""
+def _source(builder: Any, split: str) -> tuple[Any, Files]:
+    """The rows of a split as bytes, and where they are. Raises UserError where there are none."""
+    import tensorflow_datasets as tfds
+
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
     name = builder.info.full_name
     try:
         info = builder.info.splits[split]
         if info.num_examples < 1:
             raise UserError(f"{name}: the split {split} is empty")
-        source = builder.as_data_source(split=split, decoders=decoders)
+        source = builder.as_data_source(split=split, deserialize_method=raw)
         found = [(pathlib.Path(i.filename), i.skip, i.take) for i in info.file_instructions]
     except UserError:
         raise
@@ -377,6 +427,14 @@ def _place(found: Files, i: int) -> str:
             return f"{path}, row {skip + i}"
         i -= take
     raise IndexError(i)
+
+
+def _progress(title: str, n: int) -> Any:
+    """A bar on a terminal, and elsewhere a line where there is much to do."""
+    on_terminal = sys.stderr.isatty()
+    if not on_terminal and n > 10_000:
+        print(f"{title}: {n:,} rows", file=sys.stderr, flush=True)
+    return tqdm(total=n, desc=title, unit=" rows", disable=not on_terminal)
 
 
 def _image(encoded: bytes, shape: Sequence[int], size: Size | None) -> np.ndarray:
@@ -447,13 +505,9 @@ def _decode(rows: _Rows, folder: pathlib.Path, source: TFDS) -> None:
                 reasons.append((i, str(error)))
         return reasons
 
-    title = f"decoding {rows.name} {rows.split}"
-    on_terminal = sys.stderr.isatty()
-    if not on_terminal and n > 10_000:
-        print(f"{title}: {n:,} rows, once", file=sys.stderr, flush=True)
     with (
         concurrent.futures.ThreadPoolExecutor(source.threads) as pool,
-        tqdm(total=n, desc=title, unit=" rows", disable=not on_terminal) as bar,
+        _progress(f"decoding once {rows.name} {rows.split}", n) as bar,
     ):
         try:
             for reasons in pool.map(read, range(0, n, 256)):

@@ -147,7 +147,8 @@ def parsed(name: str, found: Sequence[str], boolean: bool, refuse: Refuse) -> np
             expected = "true or false" if boolean else "a number"
             refuse(i, f"{name} is {cell!r}, and not {expected}")
         elif not math.isfinite(value):
-            refuse(i, f"{name} is {cell}: a number must be finite, and a missing cell empty")
+            either = f"empty, or among missing_values as {cell}"
+            refuse(i, f"{name} is {cell}: a number must be finite, and a missing cell {either}")
         else:
             values[i] = value
     return values
