@@ -1,12 +1,14 @@
 r"""A small ResNet on CIFAR-10: one block a stage, 64 to 256 wide, 1.2 million parameters.
 
-    ERGON_DATA=../shared/data python scripts/train.py configs/resnet_cifar10.py \
-        --workdir runs/resnet_cifar10
+    for k in 0 1 2; do
+        ERGON_DATA=../shared/data python scripts/train.py configs/resnet_cifar10.py --seed $k \
+            --workdir runs/resnet_cifar10_$k
+    done
 
-One seed: test accuracy 90.64%; target 90%. The test images are looked at during training, and
-choose nothing. 55 min on 2 CPU cores at 0.37 s a step, with
-XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (docs/performance.md); 0.45 s without. The same
-command continues it. With 7,000 steps and crops by 2 it reached 89.82%.
+Three seeds: test accuracy 90.64%, 90.76%, 90.66%; mean 90.69, standard deviation 0.06; target 90%.
+The test images are looked at during training, and choose nothing. One run takes 55 min on 2 CPU
+cores at 0.37 s a step, with XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (docs/performance.md);
+0.45 s without. The same command continues it. With 7,000 steps and crops by 2 seed 0 reached 89.82%.
 """
 
 from research.augment import Augment
