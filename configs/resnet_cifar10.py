@@ -7,8 +7,9 @@ r"""A small ResNet on CIFAR-10: one block a stage, 64 to 256 wide, 1.2 million p
 
 Three seeds: test accuracy 90.64%, 90.76%, 90.66%; mean 90.69, standard deviation 0.06; target 90%.
 The test images are looked at during training, and choose nothing. One run takes 55 min on 2 CPU
-cores at 0.37 s a step, with XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (docs/performance.md);
-0.45 s without. The same command continues it. With 7,000 steps and crops by 2 seed 0 reached 89.82%.
+cores at 0.37 s a step, with XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=
+(docs/performance.md); 0.45 s without. The same command continues it. With 7,000 steps and crops
+by 2 seed 0 reached 89.82%.
 """
 
 from research.augment import Augment
