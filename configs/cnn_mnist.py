@@ -5,8 +5,9 @@ r"""CNN on MNIST: 3x3 convolutions of 32 and 64, dense 128.
             --workdir runs/cnn_mnist_$k
     done
 
-One seed: test accuracy 99.36%; target 99.2%. The test images are looked at during training, and
-choose nothing. 27 min on 2 CPU cores that had much else to do.
+Three seeds: test accuracy 99.36%, 99.39%, 99.37%; mean 99.37, standard deviation 0.02; target 99.2.
+The test images are looked at during training, and choose nothing. One run takes 8.5 min on one CPU
+core, with XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (docs/performance.md).
 """
 
 from research.augment import Augment

@@ -5,10 +5,10 @@ r"""Transformer on Tiny Shakespeare, by characters: nanoGPT's setting for a CPU,
             --seed $k --workdir runs/transformer_shakespeare_$k
     done
 
-Validation: loss 1.803, 1.816, 1.803 nats a character over all of the last tenth; mean of three seeds
-1.807, standard deviation 0.008; target 1.89. One run takes 3 min on one CPU core. At nanoGPT's own
-rate, peak_value 1e-3: 1.903 and 1.902 (seeds 0 and 1), and its model and loop in PyTorch 1.910; the
-1.88 of its README is an estimate from 20 batches.
+Validation: loss 1.803, 1.816, 1.803 nats a character over all of the last tenth; mean of three
+seeds 1.807, standard deviation 0.008; target 1.89. One run takes 3 min on one CPU core. At
+nanoGPT's own rate, peak_value 1e-3: 1.903 and 1.902 (seeds 0 and 1), and its model and loop in
+PyTorch 1.910; the 1.88 of its README is an estimate from 20 batches.
 """
 
 from research.data.text import Text
