@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
+from research.data.splits import Batch
 from research.evaluate import Report
 from research.experiment import AVERAGED, Experiment, Source, did_you_mean, value
 from research.init_from import Loaded, flat, load
@@ -38,8 +39,8 @@ class Setup:
     mesh: Mesh
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
-    carries: bool
-    """Whether rows continue from batch to batch, and the model with them."""
+    first: Batch
+    """Batch 0 of training, of all processes, in the host's memory."""
 
     @functools.cached_property
     def root(self) -> jax.Array:
@@ -60,6 +61,11 @@ class Setup:
         placed = parallel.place(self.abstract, self.mesh)
         carry = jax.tree.map(lambda _: parallel.batched(self.mesh), self.abstract.carry)
         return dataclasses.replace(placed, carry=carry)
+
+    @property
+    def carries(self) -> bool:
+        """Whether rows continue from batch to batch, and the model with them."""
+        return "reset" in self.first
 
     @property
     def parameters(self) -> int:
@@ -90,7 +96,7 @@ class Setup:
         Nothing is put on a device: the mesh may be of devices that are not there.
         """
         # Through jax for its dtypes: int64 becomes int32.
-        batch = jax.eval_shape(lambda batch: batch, self._first)
+        batch = jax.eval_shape(lambda batch: batch, self._fed)
         places = jax.tree.broadcast(parallel.fed(batch, self.mesh), batch)
         placed = jax.tree.map(_placed, (self.abstract, batch), (self.shardings, places))
         return *placed, self._abstract_root
@@ -98,11 +104,11 @@ class Setup:
     def example(self) -> tuple[train.State, Any, jax.Array]:
         """The same, with a real batch and the real root key."""
         state, _, _ = self.abstract_example()
-        first, part = self._first, self._part
-        if isinstance(first, parallel.Block):
-            ours = {k: v[:, part] for k, v in first.batches.items()}
-            return state, parallel.put(parallel.Block(first.first, ours), self.mesh), self.root
-        return state, parallel.put({k: v[part] for k, v in first.items()}, self.mesh), self.root
+        fed, part = self._fed, self._part
+        if isinstance(fed, parallel.Block):
+            ours = {k: v[:, part] for k, v in fed.batches.items()}
+            return state, parallel.put(parallel.Block(fed.first, ours), self.mesh), self.root
+        return state, parallel.put({k: v[part] for k, v in fed.items()}, self.mesh), self.root
 
     @functools.cached_property
     def _part(self) -> slice:
@@ -112,17 +118,14 @@ class Setup:
     @property
     def together(self) -> int:
         """Batches that are made and placed at once."""
-        first = self._first
-        return len(jax.tree.leaves(first)[-1]) if isinstance(first, parallel.Block) else 1
+        return splits.together(self.splits["train"], self.first, self.experiment.workers)
 
-    @functools.cached_property
-    def _first(self) -> Any:
+    @property
+    def _fed(self) -> Any:
         """What the first step takes of all processes, in the host's memory."""
-        batch = self.splits["train"].batch(0, self.batch_size, self.experiment.seed)
-        together = splits.together(self.splits["train"], batch, self.experiment.workers)
-        if together == 1:
-            return batch
-        many = {k: np.broadcast_to(v, (together, *v.shape)) for k, v in batch.items()}
+        if self.together == 1:
+            return self.first
+        many = {k: np.broadcast_to(v, (self.together, *v.shape)) for k, v in self.first.items()}
         return parallel.Block(np.int32(0), many)
 
     def _block(self, first: int, count: int, room: int) -> parallel.Block:
@@ -246,7 +249,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
             f"batch_size {batch_size} does not divide into accumulate = {experiment.accumulate} "
             f"parts over {mesh.size} devices; nearest that does: {near}"
         )
-    batch = data["train"].batch(0, batch_size, experiment.seed)
+    first = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     if experiment.precision != "float32":
         compute_in(model, jnp.dtype(experiment.precision))
@@ -254,20 +257,19 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         experiment.optimizer.check(variables(model)[0])
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from None
-    carries = "reset" in batch
-    if carries and not hasattr(model, "initial_carry"):
+    if "reset" in first and not hasattr(model, "initial_carry"):
         raise UserError(
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
             f"no state between batches (it has no initial_carry): set {_alone(experiment.data)}"
         )
-    if "segments" in batch and "segments" not in inspect.signature(model.__call__).parameters:
+    if "segments" in first and "segments" not in inspect.signature(model.__call__).parameters:
         raise UserError(
             f"data gives packed rows of several documents, and {type(model).__name__} cannot tell "
             "documents apart (it takes no segments): take a model that can, such as a Transformer "
             "decoder, or rows that are not packed"
         )
     if getattr(experiment.model, "bidirectional", False):
-        _check_direction(experiment, carries)
+        _check_direction(experiment, "reset" in first)
     setup = Setup(
         experiment=experiment,
         splits=data,
@@ -278,9 +280,9 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         mesh=mesh,
         graph=nnx.graphdef(model),
         optimizer=experiment.optimizer.make(),
-        carries=carries,
+        first=first,
     )
-    outputs = _outputs(setup, batch)
+    outputs = _outputs(setup)
     for name, split in data.items():
         try:
             _check_vocabulary(experiment, split.arrays())
@@ -291,7 +293,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         score, kept = jax.eval_shape(
             lambda *given: (experiment.task.score(*given), experiment.task.gather(*given)),
             outputs,
-            batch,
+            first,
         )
     except (TypeError, ValueError, NotImplementedError) as error:
         task, shape = type(experiment.task).__name__, list(outputs.shape)
@@ -304,7 +306,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     return setup
 
 
-def _outputs(setup: Setup, batch: splits.Batch) -> jax.ShapeDtypeStruct:
+def _outputs(setup: Setup) -> jax.ShapeDtypeStruct:
     """The shape of what the model gives for a batch."""
     task = setup.experiment.task
 
@@ -314,9 +316,9 @@ def _outputs(setup: Setup, batch: splits.Batch) -> jax.ShapeDtypeStruct:
 
     state = setup.abstract
     try:
-        return jax.eval_shape(call, state, batch)
+        return jax.eval_shape(call, state, setup.first)
     except (TypeError, ValueError) as error:
-        given = batch["inputs"]
+        given = setup.first["inputs"]
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the model does not take the data's inputs, {given.dtype}{list(given.shape)}: {reason}"

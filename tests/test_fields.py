@@ -323,11 +323,9 @@ VALUES: dict[str, Callable[[Experiment], Any]] = {
         for name in ("train", "validation", "test")
     },
     "Text.vocab": lambda e: [4],
-    "Text.tfds": lambda e: ["ergon_others"],
-    "Text.data_dir": lambda e: ["nowhere"],
+    "FilesOrTFDS.tfds": lambda e: ["ergon_others"],
+    "FilesOrTFDS.data_dir": lambda e: ["nowhere"],
     "Text.feature": lambda e: ["title"],
-    **{f"{cls}.tfds": lambda e: ["ergon_others"] for cls in ("LabelledText", "Table")},
-    **{f"{cls}.data_dir": lambda e: ["nowhere"] for cls in ("LabelledText", "Table")},
     "LabelledText.vocab": lambda e: [4],
     "LabelledText.min_count": lambda e: [150],
     "LabelledText.text": lambda e: ["title"],
@@ -449,9 +447,7 @@ SPEED = {"Experiment.workers", "TFDS.threads"}
 REFUSES = {
     "Parallel.data",
     "TFDS.data_dir",
-    "Text.data_dir",
-    "LabelledText.data_dir",
-    "Table.data_dir",
+    "FilesOrTFDS.data_dir",
     "Table.max_categories",
     "Checked.max_bad",
 }

@@ -306,13 +306,13 @@ def test_columns_by_their_names(folder):
     write(folder, train_tsv=table(rows, header), valid_tsv=table(rows, header))
     data = labelled(text="sentence", label="class").load()
     assert data["train"].rows["targets"].tolist() == [1, 0]
-    with pytest.raises(UserError, match=r"train\.tsv has no column 'label'; it has sentence, id"):
+    with pytest.raises(UserError, match=r"train\.tsv has no column label; it has sentence, id"):
         labelled(text="sentence").load()
     write(folder, test_tsv=table(rows, ("sentence", "class", "id")))
     with pytest.raises(UserError, match=r"test\.tsv has the columns sentence, class, id, and .*tr"):
         labelled(text="sentence", label="class", test="test.tsv").load()
     write(folder, test_tsv=table(rows, ("sentence", "id", "klass")))
-    with pytest.raises(UserError, match=r"test\.tsv has no column 'class'"):
+    with pytest.raises(UserError, match=r"test\.tsv has no column class"):
         labelled(text="sentence", label="class", test="test.tsv").load()
 
 
@@ -421,7 +421,7 @@ def test_a_share_that_is_no_row_and_a_file_of_no_table(folder):
     write(folder, train_tsv=table(ROWS[:4]), train_txt=TRAIN)
     with pytest.raises(UserError, match=r"validation_share = 0\.1 of each class is no row"):
         labelled(validation=None).load()
-    with pytest.raises(UserError, match=r"train\.txt has no column 'label'"):
+    with pytest.raises(UserError, match=r"train\.txt has no column label"):
         labelled(train="train.txt", validation=None).load()
 
 

@@ -250,7 +250,7 @@ def test_bad_rows_of_several_workers_are_counted_together(max_bad, folder, tmp_p
     second = next(i for i in range(3, 40) if split.rows.where(i).endswith(f"{names[1]}, row 2"))
 
     def apart(seed):  # in batches 0 and 1, which two workers make
-        of = [next(n for n in range(5) if i in shuffled(8 * n, 8, seed, 40)) for i in (2, second)]
+        of = [next(n for n in range(5) if i in shuffled(n, 8, seed, 40)) for i in (2, second)]
         return sorted(of) == [0, 1]
 
     read = training(split, 8, next(filter(apart, range(99))), 0, 5, workers=2)

@@ -4,7 +4,7 @@
 import csv
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,7 @@ class Cells:
     skip: Bad
     bad: np.ndarray
     """Which rows are bad, as far as is known."""
-
-    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, tuple[str, ...]]
     """Of columns that are declared to be of classes, those classes in the order of their
     numbers."""
 
@@ -44,7 +43,7 @@ class Cells:
         rows: "Places",
         locate: Callable[[int], str],
         skip: Bad,
-        classes: Mapping[str, tuple[str, ...]] | None = None,
+        classes: Mapping[str, tuple[str, ...]],
     ) -> "Cells":
         """Raises UserError for a row that is bad, where none may be."""
         read: list[Row | None] = []
@@ -56,7 +55,7 @@ class Cells:
             read.append(None if isinstance(row, str) else row)
             places.append(place)
         bad = np.zeros(len(read), bool)
-        found = cls(source, names, read, places, locate, skip, bad, classes or {})
+        found = cls(source, names, read, places, locate, skip, bad, classes)
         for i, reason in reasons.items():
             found.refuse(i, reason)
         return found
@@ -102,12 +101,19 @@ def int_of(value: Any) -> int | None:
     return int(value) if abs(value) < 2**53 and value == int(value) else None
 
 
-def read(path: pathlib.Path, separator: str | None, skip: Bad, quotes: bool = True) -> Cells:
+def read(
+    path: pathlib.Path,
+    separator: str | None,
+    skip: Bad,
+    *,
+    named: Collection[str] = (),
+    quotes: bool = True,
+) -> Cells:
     """Reads a table whose first row names its columns.
 
-    separator: between the cells of a line; None: by the file's ending. quotes: a cell may stand in
-    quotes; False: quotes are characters as others are. Raises UserError for a
-    file that is no table.
+    separator: between the cells of a line; None: by the file's ending. named: columns that there
+    must be. quotes: a cell may stand in quotes; False: quotes are characters as others are. Raises
+    UserError for a file that is no table, or lacks a column.
     """
     if not path.is_file():
         raise UserError(f"{path} is a folder, and not a table")
@@ -124,7 +130,15 @@ def read(path: pathlib.Path, separator: str | None, skip: Bad, quotes: bool = Tr
             raise UserError(f"{path}: column {i + 1} has no name")
         if name in names[:i]:
             raise UserError(f"{path}: two columns are named {name}")
-    return Cells.of(str(path), names, rows, lambda place: f"{path}, {unit} {place}", skip)
+    require(str(path), names, named)
+    return Cells.of(str(path), names, rows, lambda place: f"{path}, {unit} {place}", skip, {})
+
+
+def require(source: str, names: Collection[str], named: Collection[str]) -> None:
+    """Raises UserError where a column that is named is not there."""
+    for column in named:
+        if column not in names:
+            raise UserError(f"{source} has no column {column}; it has {', '.join(names)}")
 
 
 Places = Iterator[tuple[int, Row | str]]

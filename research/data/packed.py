@@ -45,7 +45,7 @@ class Packed:
         return len(self) / max((len(self.rows) - 1) * self.length, 1)
 
     def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
-        rows = shuffled(step * batch_size, batch_size, seed, len(self.rows) - 1)
+        rows = shuffled(step, batch_size, seed, len(self.rows) - 1)
         return self._take(rows[part])
 
     def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:

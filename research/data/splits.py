@@ -140,7 +140,7 @@ def training(
         """Each worker knows its own bad rows alone: read again here, they are counted together."""
         for step, batch in enumerate(found, start):
             if "bad" in batch and batch["bad"].any():
-                rows = shuffled(step * batch_size, batch_size, seed, len(split))[part]
+                rows = shuffled(step, batch_size, seed, len(split))[part]
                 split.take(rows[batch["bad"]])
             yield batch
 
@@ -161,7 +161,7 @@ def stacked(
     kind: Any = type(split)
     if isinstance(split, Examples) and (kind.batch, kind.take) == (Shuffled.batch, Examples.take):
         # Their rows follow one another, so that each array is indexed once.
-        rows = shuffled(first * batch_size, count * batch_size, seed, len(split))
+        rows = shuffled(first, batch_size, seed, len(split), count)
         found = split.take(rows.reshape(count, batch_size)[:, part].ravel())
         return {k: v.reshape(count, -1, *v.shape[1:]) for k, v in found.items()}
     batches = [split.batch(first + i, batch_size, seed, part) for i in range(count)]
@@ -199,7 +199,8 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 class Shuffled:
-    """Independent rows, shuffled anew each epoch. A batch may span two epochs."""
+    """Independent rows, shuffled anew each epoch. A batch may span two epochs; one that is all of
+    them has them in order."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -209,7 +210,7 @@ class Shuffled:
         raise NotImplementedError
 
     def batch(self, step: int, batch_size: int, seed: int, part: slice = ALL) -> Batch:
-        return self.take(shuffled(step * batch_size, batch_size, seed, len(self))[part])
+        return self.take(shuffled(step, batch_size, seed, len(self))[part])
 
     def evaluation(self, batch_size: int, part: slice = ALL) -> Sequence[Batch]:
         def make(i: int) -> Batch:
@@ -255,9 +256,11 @@ def _rows(array: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.asarray(array.take(index, 0))
 
 
-def shuffled(start: int, count: int, seed: int, n: int) -> np.ndarray:
-    """`count` rows from the start-th on, of n that are shuffled anew each epoch, without end."""
-    stop = start + count
+def shuffled(step: int, batch_size: int, seed: int, n: int, steps: int = 1) -> np.ndarray:
+    """The rows of the batches of `steps` steps, of n that are shuffled anew each epoch."""
+    if batch_size == n:  # a mean over all of them has no order, and to draw one takes time
+        return np.tile(np.arange(n), steps)
+    start, stop = step * batch_size, (step + steps) * batch_size
     epochs = range(start // n, (stop - 1) // n + 1)
     pieces = [
         _permutation(seed, e, n)[max(start - e * n, 0) : min(stop - e * n, n)] for e in epochs

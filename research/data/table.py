@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,10 +10,10 @@ from annotated_types import Ge, Interval
 
 from research import UserError
 from research.data import cells, files
-from research.data.bad import Bad, Checked
+from research.data.bad import Bad
 from research.data.cells import Cells
 from research.data.splits import Examples, Splits
-from research.data.tfds import read_table
+from research.data.tfds import FilesOrTFDS, read_table
 from research.data.transform import (
     Category,
     Kind,
@@ -33,9 +33,11 @@ FEW = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table(Checked):
+class Table(FilesOrTFDS):
     """A table with a header, or one of TFDS: train, validation and test rows of it, or test rows of
     a second file.
+
+    Of TFDS the columns are features of one value, and classes have their names.
 
     A column is of numbers, of truth values (true, false, yes, no) or of categories, as the training
     rows have it. Numbers are standardised, and categories one-hot, with what training rows have
@@ -52,11 +54,6 @@ class Table(Checked):
     test: str | None = None
     """Another file, or split, with the same columns, that all test rows are of; None: a share of
     `path`."""
-    tfds: str | None = None
-    """A TFDS data set that path and test are then splits of, in TFDS's syntax; its columns are
-    features of one value, a/b being b within a, and classes have their names."""
-    data_dir: str = "tfds"
-    """Folder of TFDS data sets, as it stands or below $ERGON_DATA."""
     kind: Literal["classes", "regression"] | None = None
     """None: regression where the target is of numbers, not whole or of more than 20 values."""
     classes: tuple[str, ...] = ()
@@ -110,11 +107,11 @@ class Table(Checked):
     def load(self) -> Splits:
         skip = self.bad()
         notes: list[str] = []
-        whole = self._cells(self.path, skip)
+        whole = self._cells(self.path, self._named, skip)
         names = self._inputs(whole)
         other = None
         if self.test is not None:
-            other = self._cells(self.test, skip)
+            other = self._cells(self.test, (), skip)
             self._same_columns(whole, other, names)
         if self.missing == "drop":
             whole = self._dropped(whole, names, notes)
@@ -138,36 +135,24 @@ class Table(Checked):
         notes += skip.notes()
         return Splits(splits, {"table.json": transform.dumps()}, notes)
 
-    def _cells(self, at: str, skip: Bad) -> Cells:
+    def _cells(self, at: str, named: Collection[str], skip: Bad) -> Cells:
         if self.tfds is None:
-            return cells.read(files.find(at), self.separator, skip)
+            return cells.read(files.find(at), self.separator, skip, named=named)
         return read_table(
             self.tfds,
             self.data_dir,
             at,
             skip,
-            named=[name for names in self._named().values() for name in names],
+            named=named,
             wanted=lambda name: name not in self.ignore,
         )
 
-    def _named(self) -> dict[str, tuple[str, ...]]:
-        """Columns by the fields that name them."""
-        return {
-            "target": (self.target,),
-            "ignore": self.ignore,
-            "categories": self.categories,
-            "numbers": self.numbers,
-            "indicators": self.indicators,
-        }
+    @property
+    def _named(self) -> list[str]:
+        """Columns that fields name."""
+        return [self.target, *self.ignore, *self.categories, *self.numbers, *self.indicators]
 
     def _inputs(self, file: Cells) -> list[str]:
-        for field, names in self._named().items():
-            for name in names:
-                if name not in file.names:
-                    raise UserError(
-                        f"{file.source} has no column {name}, which {field} names; "
-                        f"it has {', '.join(file.names)}"
-                    )
         found = [n for n in file.names if n != self.target and n not in self.ignore]
         if not found:
             raise UserError(f"{file.source} has no column left to predict {self.target} from")

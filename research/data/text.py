@@ -14,10 +14,10 @@ from annotated_types import Ge, Interval
 
 from research import UserError
 from research.data import cells, files, packed
-from research.data.bad import Bad, Checked
+from research.data.bad import Bad
 from research.data.cells import Cells
 from research.data.splits import Examples, Split, Splits, Streams, Windows
-from research.data.tfds import Texts, read_table
+from research.data.tfds import FilesOrTFDS, Texts, read_table
 from research.data.tokens import (
     BPE,
     PADDING,
@@ -35,9 +35,9 @@ _INVALID = re.compile("[\udc80-\udcff]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text(Checked):
-    """Language modelling on files of UTF-8, or on a text feature of TFDS's: inputs, targets:
-    [batch, length] int32.
+class Text(FilesOrTFDS):
+    """Language modelling on files of UTF-8, or on a text feature of TFDS's, of which a row is what
+    a line is of a file. inputs, targets: [batch, length] int32.
 
     The vocabulary comes from the training text. Tokens are kept in the cache, and mapped. A bad
     line is one that is not UTF-8 (bytes have none) or that has a character which training lacks;
@@ -48,11 +48,6 @@ class Text(Checked):
     """The training file, below $ERGON_DATA where it is not found as it is named."""
     validation: str | None = None
     test: str | None = None
-    tfds: str | None = None
-    """A TFDS data set that train, validation and test are then splits of, in TFDS's syntax; each of
-    its rows is what a line is of a file."""
-    data_dir: str = "tfds"
-    """Folder of TFDS data sets, as it stands or below $ERGON_DATA."""
     feature: str | None = None
     """Of a TFDS data set; None: its only text."""
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
@@ -158,7 +153,7 @@ class Text(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledText(Checked):
+class LabelledText(FilesOrTFDS):
     """Classification of texts from .tsv (cells as they are), .csv or .parquet, with a header, or
     from TFDS.
 
@@ -172,11 +167,6 @@ class LabelledText(Checked):
     """The training file, below $ERGON_DATA where it is not found as it is named."""
     validation: str | None = None
     test: str | None = None
-    tfds: str | None = None
-    """A TFDS data set that train, validation and test are then splits of, in TFDS's syntax, and
-    `text` and `label` features of."""
-    data_dir: str = "tfds"
-    """Folder of TFDS data sets, as it stands or below $ERGON_DATA."""
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     """Of each class's training rows; where there is no validation file, or split."""
     split: Annotated[int, Ge(0)] = 0
@@ -233,10 +223,10 @@ class LabelledText(Checked):
         return {name: found[name] for name in ("train", "validation", "test") if name in found}
 
     def _cells(self, at: str, bad: Bad) -> Cells:
+        read = (self.label, self.text)
         if self.tfds is None:
             path = files.find(at)
-            return cells.read(path, None, bad, quotes=path.suffix != ".tsv")
-        read = (self.text, self.label)
+            return cells.read(path, None, bad, named=read, quotes=path.suffix != ".tsv")
         return read_table(
             self.tfds,
             self.data_dir,
@@ -248,12 +238,7 @@ class LabelledText(Checked):
         )
 
     def _check(self, table: Cells, train: Cells) -> None:
-        """Raises UserError where a column is not there, or not the same as in training."""
-        for name in (self.label, self.text):
-            if name not in table.names:
-                raise UserError(
-                    f"{table.source} has no column {name!r}; it has {', '.join(table.names)}"
-                )
+        """Raises UserError where columns are not those of training, or there are no rows."""
         if table.names != train.names:
             raise UserError(
                 f"{table.source} has the columns {', '.join(table.names)}, and {train.source} "

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from research import UserError
 from research.data import files
 from research.data.bad import Bad, Checked
-from research.data.cells import Cells, Places, text
+from research.data.cells import Cells, Places, require, text
 from research.data.splits import Batch, Examples, Shuffled, Split, Splits
 
 Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
@@ -74,6 +74,17 @@ class TFDS(Checked):
             if rows is not None:
                 found[name] = _split(_Rows(builder, rows, features, self.size), self, bad)
         return Splits(found, {}, bad.notes())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesOrTFDS(Checked):
+    """What sources have in common that read files, or else a TFDS data set."""
+
+    tfds: str | None = None
+    """A TFDS data set; what names a file names a split of it then, in TFDS's syntax, and what names
+    a column a feature, a/b being b within a."""
+    data_dir: str = "tfds"
+    """Folder of TFDS data sets, as it stands or below $ERGON_DATA."""
 
 
 def _builder(name: str, data_dir: str) -> Any:
@@ -292,9 +303,7 @@ def read_table(
     source = f"{builder.info.full_name} {split}"
     leaves = {"/".join(path): (path, f) for path, f in _leaves(builder.info.features)}
     names = sorted(leaves)
-    for column in named:
-        if column not in leaves:
-            raise UserError(f"{source} has no column {column}; it has {', '.join(names)}")
+    require(source, names, named)
     read = {column: _cell(leaves[column][1], numbers) for column in filter(wanted, names)}
     if odd := [f"{k} ({type(leaves[k][1]).__name__})" for k, cell in read.items() if cell is None]:
         raise UserError(f"{source}: a column is of one value a row, and not so {', '.join(odd)}")
