@@ -742,11 +742,22 @@ def within(e: Experiment, part: str) -> list[str]:
     return [path for path in fields(e) if path.startswith(part)]
 
 
-def asked(path: pathlib.Path, e: Experiment) -> list[str]:
-    """The fields of a config that are looked at: what only a run shows, `train` does with any
-    experiment, and runs take the longest, so that they are made of two configs alone."""
-    late = () if path.stem in ("mlp_cancer", "lstm_text") else {*LATE, "init_from"}
-    return [field for field in fields(e) if field.split(".")[0] not in late]
+@functools.cache
+def shares() -> dict[pathlib.Path, tuple[Experiment, list[str]]]:
+    """By config, the fields that are looked at in it: a class's field in the first that has it.
+
+    What only a run shows, `train` does with any experiment, and runs take the longest: two configs
+    have that share.
+    """
+    found, seen = {}, set()
+    for path in CONFIGS:
+        e = smaller(command.load(path))
+        late = () if path.stem in ("mlp_cancer", "lstm_text") else {*LATE, "init_from"}
+        paths = [field for field in fields(e) if field.split(".")[0] not in late]
+        mine = {field: keys(e, field)[0] for field in paths if keys(e, field)[0] not in seen}
+        seen |= {*mine.values()}
+        found[path] = e, list(mine)
+    return found
 
 
 def smaller(e: Experiment) -> Experiment:
@@ -777,8 +788,7 @@ def _quick():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_field_of_every_config_is_read(path):
-    e = smaller(command.load(path))
-    found = findings(e, asked(path, e))
+    found = findings(*shares()[path])
     assert not found, "\n".join(found)
 
 
@@ -827,9 +837,7 @@ def public_configs() -> Iterator[type]:
 
 
 def test_no_field_of_research_is_left_out():
-    configs = [(path, smaller(command.load(path))) for path in CONFIGS]
-    looked = [(e, asked(path, e)) for path, e in configs]
-    looked += [(e, within(e, part)) for e, part in BASES.values()]
+    looked = [*shares().values(), *((e, within(e, part)) for e, part in BASES.values())]
     read = {key for e, paths in looked for path in paths for key in keys(e, path)}
     every = {
         f"{cls.__name__}.{f.name}" for cls in public_configs() for f in dataclasses.fields(cls)
