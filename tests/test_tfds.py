@@ -178,6 +178,9 @@ def test_an_image_that_cannot_be_decoded(folder, tmp_path, cache_gb):
         for _ in range(2):  # kept or not
             with pytest.raises(UserError, match=message):
                 every(**options)
+    with pytest.raises(UserError, match=message):  # its place in the file, and not in the split
+        late = source(bad, train=f"train[{before + 1}:]", cache_gb=cache_gb).load()["train"]
+        late.batch(0, len(late), 0)
     for _ in range(2):
         data, batches = every("skip")
         weights, marked, inputs = (
