@@ -170,17 +170,16 @@ def test_an_image_that_cannot_be_decoded(folder, tmp_path, cache_gb):
     bad = rewritten(folder, tmp_path / "bad", name, garbled)
     message = rf"{name}, row 2: the image cannot be decoded"
 
-    def every(on_bad, max_bad=100):
-        data = source(bad, on_bad=on_bad, max_bad=max_bad, cache_gb=cache_gb).load()
-        return data, [data["train"].evaluation(20)[i] for i in range(2)]
+    def every(on_bad, **fields):
+        data = source(bad, on_bad=on_bad, cache_gb=cache_gb, **fields).load()
+        return data, list(data["train"].evaluation(20))
 
     for options in ({"on_bad": "raise"}, {"on_bad": "skip", "max_bad": 0}):
         for _ in range(2):  # kept or not
             with pytest.raises(UserError, match=message):
                 every(**options)
     with pytest.raises(UserError, match=message):  # its place in the file, and not in the split
-        late = source(bad, train=f"train[{before + 1}:]", cache_gb=cache_gb).load()["train"]
-        late.batch(0, len(late), 0)
+        every("raise", train=f"train[{before + 1}:]")
     for _ in range(2):
         data, batches = every("skip")
         weights, marked, inputs = (
