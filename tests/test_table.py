@@ -646,7 +646,7 @@ TITANIC = pathlib.Path(os.environ.get("ERGON_DATA") or "../shared/data") / "tabl
 
 WINES = [
     {
-        "features": {"alcohol": 9.4 + i % 5 / 10, "ice": i % 2 == 0, "year": 1990 + i},
+        "features": {"alcohol": 9.4 + i % 5 / 10, "ice": i % 2 == 0, "of": {"year": 1990 + i}},
         "region": ("Jura", "Béarn", "")[i % 3],
         "km/h": i % 7,
         "stars": i % 3,
@@ -664,7 +664,7 @@ def wines(tmp_path_factory):
     within = {
         "alcohol": kinds.Scalar(np.float64),
         "ice": kinds.Scalar(np.bool_),
-        "year": np.int64,
+        "of": kinds.FeaturesDict({"year": np.int64}),
         "label": kinds.Image(shape=(2, 2, 1)),
     }
     features = {
@@ -693,7 +693,7 @@ def wines(tmp_path_factory):
 
 def test_rows_of_tfds_are_those_of_a_file(wines, tmp_path):
     ours = Table(**wines, path="train", test="test").load()
-    names = ["alcohol", "ice", "label", "year"]
+    names = ["alcohol", "ice", "label", "of/year"]
     names = [
         "bottle",
         *(f"features/{name}" for name in names),
@@ -704,10 +704,11 @@ def test_rows_of_tfds_are_those_of_a_file(wines, tmp_path):
     ]
 
     def row(wine):
-        alcohol, ice, year = wine["features"].values()
+        alcohol, ice, of = wine["features"].values()
+        year, speed, region = of["year"], wine["km/h"], wine["region"]
         quality, stars = ("sour", "fine")[wine["quality"]], 3 - wine["stars"]
         ice = str(ice).lower()
-        return ["", round(alcohol, 1), ice, "", year, wine["km/h"], quality, wine["region"], stars]
+        return ["", round(alcohol, 1), ice, "", year, speed, quality, region, stars]
 
     rows = list(map(row, WINES))
     given = {"target": "quality", "ignore": wines["ignore"], "categories": ("stars",)}
@@ -719,7 +720,7 @@ def test_rows_of_tfds_are_those_of_a_file(wines, tmp_path):
     assert ours.notes == theirs.notes
     assert list(ours) == ["train", "validation", "test"]
     assert fingerprint(ours) == fingerprint(theirs)
-    raw = {"features/alcohol": 9.4, "features/ice": True, "features/year": 2000, "km/h": 1}
+    raw = {"features/alcohol": 9.4, "features/ice": True, "features/of/year": 2000, "km/h": 1}
     raw |= {"region": "Béarn".encode(), "stars": 3}
     apart = transform(ours).apply([raw])
     assert apart[0, transform(ours).inputs.index("region Béarn")] == 1

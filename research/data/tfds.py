@@ -426,7 +426,7 @@ def _source(builder: Any, split: str) -> tuple[Any, Files]:
 
 def _stamps(found: Files) -> list[Any]:
     """What tells a split's files from others, unread."""
-    return [[skip, take, files.stamp(path)] for path, skip, take in found]
+    return [files.stamp(path) for path, _, _ in found]
 
 
 def _place(found: Files, i: int) -> str:
