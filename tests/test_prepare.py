@@ -851,7 +851,7 @@ BAD_FILES = [
     (
         "table --label c",
         lambda r: write(r / "t.csv", "a,b\n1,2\n"),
-        "t.csv has no column 'c': .* a, b",
+        "t.csv has no column c, which --label names; it has a, b",
     ),
     (
         "table",

@@ -501,8 +501,8 @@ def test_files_that_are_no_tables(tmp_path):
     refused("two columns are named a", "a,y,a\n1,0,1\n")
     refused("line 1: not UTF-8", b"\xff,y\n1,0\n")
     refused("line 3: a quote is not closed", 'a,y\n1,0\n"2,1\n3,0\n')
-    refused(r"has no column y; it has a, b$", "a,b\n1,0\n")
-    refused(r"has no column c; it has a, y$", "a,y\n1,0\n", ignore=("c",))
+    refused(r"has no column y, which target names; it has a, b$", "a,b\n1,0\n")
+    refused(r"has no column c, which ignore names; it has a, y$", "a,y\n1,0\n", ignore=("c",))
     refused("no column left to predict y from", "y\n1\n")
     refused("ends in none of .csv, .txt", "a,y\n", name="x.xlsx")
     rows = "".join(f"{i},,{i % 2}\n" for i in range(30))
@@ -751,7 +751,7 @@ def test_a_number_of_classes_is_one_of_classes(wines):
         ),
         (
             {"target": "alcohol"},
-            "wines/1.0.0 train has no column alcohol; it has bottle, features/",
+            "wines/1.0.0 train has no column alcohol, which target names; it has bottle, fe",
         ),
         (
             {"test": "odd"},

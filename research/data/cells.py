@@ -101,19 +101,23 @@ def int_of(value: Any) -> int | None:
     return int(value) if abs(value) < 2**53 and value == int(value) else None
 
 
+Named = Mapping[str, Collection[str]]
+"""Columns that there must be, by the fields that name them."""
+
+
 def read(
     path: pathlib.Path,
     separator: str | None,
     skip: Bad,
     *,
-    named: Collection[str] = (),
+    named: Named,
     quotes: bool = True,
 ) -> Cells:
     """Reads a table whose first row names its columns.
 
-    separator: between the cells of a line; None: by the file's ending. named: columns that there
-    must be. quotes: a cell may stand in quotes; False: quotes are characters as others are. Raises
-    UserError for a file that is no table, or lacks a column.
+    separator: between the cells of a line; None: by the file's ending. quotes: a cell may stand in
+    quotes; False: quotes are characters as others are. Raises UserError for a file that is no
+    table, or lacks a column.
     """
     if not path.is_file():
         raise UserError(f"{path} is a folder, and not a table")
@@ -134,11 +138,15 @@ def read(
     return Cells.of(str(path), names, rows, lambda place: f"{path}, {unit} {place}", skip, {})
 
 
-def require(source: str, names: Collection[str], named: Collection[str]) -> None:
-    """Raises UserError where a column that is named is not there."""
-    for column in named:
-        if column not in names:
-            raise UserError(f"{source} has no column {column}; it has {', '.join(names)}")
+def require(source: str, names: Collection[str], named: Named) -> None:
+    """Raises UserError where a column that a field names is not there."""
+    for field, columns in named.items():
+        for column in columns:
+            if column not in names:
+                raise UserError(
+                    f"{source} has no column {column}, which {field} names; "
+                    f"it has {', '.join(names)}"
+                )
 
 
 Places = Iterator[tuple[int, Row | str]]

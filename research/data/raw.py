@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from research import UserError
+from research.data.cells import require
 
 # What a folder or file must be called to be a split, and the split's name.
 SPLITS = {
@@ -386,8 +387,8 @@ class Table(_Spans):
                 raise UserError(
                     f"{path} has a column {name!r}: names are unique, not blank, without /"
                 )
-        if self._label is not None and self._label not in names:
-            raise UserError(f"{path} has no column {self._label!r}: it has {', '.join(names)}")
+        if self._label is not None:
+            require(str(path), names, {"--label": (self._label,)})
         self.columns = names
         self._kinds = self._kinds or [None] * len(names)
 

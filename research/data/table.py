@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from annotated_types import Ge, Interval
 from research import UserError
 from research.data import cells, files
 from research.data.bad import Bad
-from research.data.cells import Cells
+from research.data.cells import Cells, Named
 from research.data.splits import Examples, Splits
 from research.data.tfds import FilesOrTFDS, read_table
 from research.data.transform import (
@@ -111,7 +111,7 @@ class Table(FilesOrTFDS):
         names = self._inputs(whole)
         other = None
         if self.test is not None:
-            other = self._cells(self.test, (), skip)
+            other = self._cells(self.test, {}, skip)
             self._same_columns(whole, other, names)
         if self.missing == "drop":
             whole = self._dropped(whole, names, notes)
@@ -135,7 +135,7 @@ class Table(FilesOrTFDS):
         notes += skip.notes()
         return Splits(splits, {"table.json": transform.dumps()}, notes)
 
-    def _cells(self, at: str, named: Collection[str], skip: Bad) -> Cells:
+    def _cells(self, at: str, named: Named, skip: Bad) -> Cells:
         if self.tfds is None:
             return cells.read(files.find(at), self.separator, skip, named=named)
         return read_table(
@@ -148,9 +148,10 @@ class Table(FilesOrTFDS):
         )
 
     @property
-    def _named(self) -> list[str]:
-        """Columns that fields name."""
-        return [self.target, *self.ignore, *self.categories, *self.numbers, *self.indicators]
+    def _named(self) -> Named:
+        """Columns by the fields that name them."""
+        fields = ("ignore", "categories", "numbers", "indicators")
+        return {"target": (self.target,)} | {field: getattr(self, field) for field in fields}
 
     def _inputs(self, file: Cells) -> list[str]:
         found = [n for n in file.names if n != self.target and n not in self.ignore]

@@ -223,17 +223,17 @@ class LabelledText(FilesOrTFDS):
         return {name: found[name] for name in ("train", "validation", "test") if name in found}
 
     def _cells(self, at: str, bad: Bad) -> Cells:
-        read = (self.label, self.text)
+        named = {"label": (self.label,), "text": (self.text,)}
         if self.tfds is None:
             path = files.find(at)
-            return cells.read(path, None, bad, named=read, quotes=path.suffix != ".tsv")
+            return cells.read(path, None, bad, named=named, quotes=path.suffix != ".tsv")
         return read_table(
             self.tfds,
             self.data_dir,
             at,
             bad,
-            named=read,
-            wanted=read.__contains__,
+            named=named,
+            wanted=(self.label, self.text).__contains__,
             numbers=True,
         )
 

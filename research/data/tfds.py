@@ -23,7 +23,7 @@ from tqdm import tqdm
 from research import UserError
 from research.data import files
 from research.data.bad import Bad, Checked
-from research.data.cells import Cells, Places, require, text
+from research.data.cells import Cells, Named, Places, require, text
 from research.data.splits import Batch, Examples, Shuffled, Split, Splits
 
 Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
@@ -288,16 +288,16 @@ def read_table(
     split: str,
     skip: Bad,
     *,
-    named: Collection[str],
+    named: Named,
     wanted: Callable[[str], bool],
     numbers: bool = False,
 ) -> Cells:
     """The rows of a split as those of a table: features of one value each are its columns.
 
     Columns are in the order of their names, a feature b within a feature a being a/b. Only wanted
-    ones are read, the others' cells are empty. named: columns that there must be. numbers: a class
-    is its number; False: its name, and an empty cell where the row has none. Raises UserError for
-    columns that are not there or not of one value, before any row is read.
+    ones are read, the others' cells are empty. numbers: a class is its number; False: its name, and
+    an empty cell where the row has none. Raises UserError for columns that are not there or not of
+    one value, before any row is read.
     """
     builder = _builder(name, data_dir)
     source = f"{builder.info.full_name} {split}"
