@@ -3,6 +3,7 @@
 import functools
 from importlib import util
 
+import jax
 import pytest
 from jax.experimental import topologies
 
@@ -47,3 +48,14 @@ def topology(target):
     if not util.find_spec("jax_cuda13_plugin"):
         pytest.skip("jax-cuda13-plugin, the compiler for CUDA, is not installed")
     return topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x4")
+
+
+def compile(traced, target):
+    """With little effort: how a product is scheduled is of no matter here, and XLA for TPU would
+    search for long."""
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O1" if target == "tpu" else before)
+    try:
+        return traced.lower(lowering_platforms=(target,)).compile()
+    finally:
+        jax.config.update("jax_optimization_level", before)
