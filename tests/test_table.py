@@ -751,7 +751,7 @@ def test_a_number_of_classes_is_one_of_classes(wines):
         ),
         (
             {"target": "alcohol"},
-            "wines/1.0.0 train has no column alcohol, which target names; it has bottle, fe",
+            "wines/1.0.0 train has no column alcohol, which target names; it has bottle, features/",
         ),
         (
             {"test": "odd"},

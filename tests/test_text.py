@@ -306,7 +306,8 @@ def test_columns_by_their_names(folder):
     write(folder, train_tsv=table(rows, header), valid_tsv=table(rows, header))
     data = labelled(text="sentence", label="class").load()
     assert data["train"].rows["targets"].tolist() == [1, 0]
-    with pytest.raises(UserError, match=r"train\.tsv has no column label, which label names"):
+    message = r"train\.tsv has no column label, which label names; it has sentence, id"
+    with pytest.raises(UserError, match=message):
         labelled(text="sentence").load()
     write(folder, test_tsv=table(rows, ("sentence", "class", "id")))
     with pytest.raises(UserError, match=r"test\.tsv has the columns sentence, class, id, and .*tr"):
@@ -630,7 +631,8 @@ def test_labelled_rows_of_tfds_are_those_of_a_file(reviews, tmp_path):
         ({"test": "bytes"}, r"reviews-bytes.*, row 0: not UTF-8"),
         (
             {"text": "review"},
-            "train has no column review, which text names; it has by, label, long, text",
+            "reviews/1.0.0 train has no column review, which text names; "
+            "it has by, label, long, text",
         ),
         ({"test": "test[:0]"}, "is empty"),
         ({"text": "label"}, "text and label are both the column label"),
