@@ -3,13 +3,35 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 Path = tuple[str, ...]
+
+
+class Settle(Protocol):
+    """Where arrays are in a mesh while a model computes."""
+
+    def equip(self, module: nnx.Module) -> None:
+        """Gives a module what it needs to compute over devices by itself."""
+        ...
+
+    def rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Of what a call gives, in a model that was called on an array of that shape."""
+        ...
+
+    def whole(self, path: str, x: jax.Array) -> jax.Array:
+        """Of a parameter at its use."""
+        ...
+
+
+def keep(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: a backward pass finds all kept but what `Settle` places, and so
+    gathers parameters anew, or every device would hold them all by the end of the forward pass."""
+    return primitive.name != "sharding_constraint"
 
 
 def variables(model: nnx.Module) -> tuple[Any, Any]:
@@ -35,6 +57,13 @@ def compute_in(model: nnx.Module, dtype: Any) -> None:
             layer.dtype = jnp.float32 if isinstance(module, _NORMS) else dtype
 
 
+def only_norms_change(model: nnx.Module) -> bool:
+    """Whether a model's variables, parameters apart, are batch norms' statistics alone."""
+    _, others = variables(model)
+    norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)]
+    return len(jax.tree.leaves(others)) == sum(len(jax.tree.leaves(variables(m)[1])) for m in norms)
+
+
 @contextlib.contextmanager
 def merged(
     graph: nnx.GraphDef,
@@ -43,9 +72,12 @@ def merged(
     *,
     training: bool,
     frozen: Callable[[str], bool] = lambda path: False,
+    settle: Settle | None = None,
 ) -> Iterator[Any]:
     """The module, in its training or evaluation form, every submodule's call in its own scope.
 
+    settle: what is done to parameters when their module is called, or the one that it is directly
+    in, for that may loop over it; and to whatever a call gives.
     frozen: whether the parameter at a path "a/b" is. A batch norm with no other parameters keeps
     its running statistics and is normalised by them in training too: it stays the function it was.
     """
@@ -59,23 +91,52 @@ def merged(
                 module.eval()
     else:
         model.eval()
-    with scopes(model):
+    if settle is not None:
+        for _, module in nnx.iter_modules(model):
+            settle.equip(module)
+    with scopes(model, settle):
         yield model
 
 
 @contextlib.contextmanager
-def scopes(model: nnx.Module) -> Iterator[None]:
+def scopes(model: nnx.Module, settle: Settle | None = None) -> Iterator[None]:
     """Within, a call of a submodule runs under `jax.named_scope` of its path in the model.
 
     Flax NNX names nothing by itself; profiles and the ledger read these names. A module that is
     put together during the call, as the layers of a scan are, takes the path that modules of its
-    class have in common.
+    class have in common. settle: as in `merged`.
     """
     paths: dict[int, Path] = {}
     by_class: dict[type, Path] = {}
     owners: dict[Any, Any] = {}
     kept: list[nnx.Module] = []  # an id is only good while its object lives
     active: list[tuple[nnx.Module, Path]] = []
+    shape: tuple[int, ...] = ()  # of what the model is called on
+    whole: dict[int, nnx.Param] = {}
+
+    def settled(x: Any) -> Any:
+        return settle.rows(x, shape) if settle and isinstance(x, jax.Array) else x
+
+    @contextlib.contextmanager
+    def gathered(module: nnx.Module, path: Path) -> Iterator[None]:
+        if settle is None:
+            yield
+            return
+        children = [(name, x) for name, x in vars(module).items() if isinstance(x, nnx.Module)]
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        for prefix, owner in [(path, module), *(((*path, name), x) for name, x in children)]:
+            attributes: Any = vars(owner)
+            for name, x in list(attributes.items()):
+                if isinstance(x, nnx.Param) and id(x) not in whole:
+                    before.append((attributes, name, x))
+                    # A variable in its place: a scan that is traced may not change what is outside.
+                    x = nnx.Param(settle.whole("/".join((*prefix, name)), x[...]))
+                    whole[id(x)] = attributes[name] = x
+        try:
+            yield
+        finally:
+            for attributes, name, x in before:
+                attributes[name] = x
 
     def learn(root: nnx.Module, prefix: Path) -> None:
         for path, module in nnx.iter_modules(root):
@@ -92,6 +153,9 @@ def scopes(model: nnx.Module) -> Iterator[None]:
     def wrap(call: Any) -> Any:
         @functools.wraps(call)
         def scoped(module: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            nonlocal shape
+            if not active:
+                shape = next((x.shape for x in args if getattr(x, "ndim", 0)), ())
             if active and active[-1][0] is module:  # super().__call__
                 return call(module, *args, **kwargs)
             if id(module) not in paths:
@@ -100,8 +164,9 @@ def scopes(model: nnx.Module) -> Iterator[None]:
             inner = path[len(around) :] if path[: len(around)] == around else path[-1:]
             active.append((module, path))
             try:
-                with jax.named_scope("/".join(inner)) if inner else contextlib.nullcontext():
-                    return call(module, *args, **kwargs)
+                scope = jax.named_scope("/".join(inner)) if inner else contextlib.nullcontext()
+                with scope, gathered(module, path):
+                    return jax.tree.map(settled, call(module, *args, **kwargs))
             finally:
                 active.pop()
 

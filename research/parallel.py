@@ -5,32 +5,67 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge
+from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research import UserError
+from research import UserError, ring
 
 Rules = Sequence[tuple[str, P]]
 """(regex on a parameter's path, its spec): the first match wins."""
 
-BATCH = P(("data", "fsdp"))
+BATCH = P(("replica", "data", "fsdp"))
 """Every array of a batch is split over its first axis."""
+
+RULES: Rules = (
+    # Of two products in a row the first gives each device units of its own, and the second adds
+    # up what they contribute (Shoeybi et al. 2019): one all-reduce a pair, forward and backward.
+    (r"attention/qkv/kernel$", P("fsdp", "tensor", None, None)),
+    (r"attention/qkv/bias$", P("tensor", None, None)),
+    (r"attention/out/kernel$", P("tensor", "fsdp")),
+    (r"mlp/(up|gate)/kernel$", P("fsdp", "tensor")),
+    (r"mlp/(up|gate)/bias$", P("tensor")),
+    (r"mlp/down/kernel$", P("tensor", "fsdp")),
+    # A vocabulary, as rows to look up and as logits.
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"^output/kernel$", P("fsdp", "tensor")),
+    # Units of a recurrent layer, each with all of its gates.
+    (r"(input|hidden)/kernel$", P("fsdp", None, "tensor")),
+    (r"input/bias$", P(None, "tensor")),
+    (r"attention/(query|key)/kernel$", P("fsdp", "tensor")),
+    # Channels that a convolution gives.
+    (r"(stem|patches|shortcut|conv\d+|convs/\d+)/kernel$", P(None, None, "fsdp", "tensor")),
+    # Dense layers in turn.
+    (r"(dense|dense1|layers/\d*[02468])/kernel$", P("fsdp", "tensor")),
+    (r"(dense2|layers/\d*[13579])/kernel$", P("tensor", "fsdp")),
+)
+"""Where arrays are split, of any model whose names are these."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     """The sizes of the mesh's axes; their product is the number of devices."""
 
+    replica: Annotated[int, Ge(1)] = 1
+    """Groups of devices, as hosts or slices of a pod, between which links are slow; each has a
+    copy of the model, and they exchange gradients alone."""
     data: Annotated[int, Ge(1)] | None = None
-    """Copies of the model; None: all the devices that `fsdp` leaves."""
+    """Copies of the model in a group; None: all the devices that the other axes leave."""
     fsdp: Annotated[int, Ge(1)] = 1
     """Devices over which parameters and optimizer state are split."""
+    context: Annotated[int, Ge(1)] = 1
+    """Devices over which a sequence is split; attention passes keys and values round them."""
+    tensor: Annotated[int, Ge(1)] = 1
+    """Devices over which heads, hidden units, channels and the vocabulary are split; they work on
+    the same rows."""
 
     def mesh(self, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all of them).
@@ -39,44 +74,122 @@ class Parallel:
         the batch.
         """
         devices = jax.devices() if devices is None else devices
-        data = self.data or max(len(devices) // self.fsdp, 1)
-        if data * self.fsdp != len(devices):
+        sizes = self._sizes(len(devices))
+        if math.prod(sizes.values()) != len(devices):
+            near = " or ".join(map(_words, self._near(len(devices))))
             raise UserError(
-                f"parallel: data {data} x fsdp {self.fsdp} = {data * self.fsdp}, "
-                f"and there are {len(devices)} devices"
+                f"parallel: {_words(sizes)} = {math.prod(sizes.values())}, "
+                f"and there are {len(devices)} devices; nearest that fit: {near}"
             )
-        check_divides("batch_size", batch_size, len(devices))
-        types = (AxisType.Auto, AxisType.Auto)
-        return jax.make_mesh((data, self.fsdp), ("data", "fsdp"), types, devices=devices)
+        types = (AxisType.Auto,) * len(sizes)
+        mesh = Mesh(_arranged(devices, sizes), tuple(sizes), axis_types=types)
+        check_divides("batch_size", batch_size, copies(mesh))
+        return mesh
+
+    def _sizes(self, devices: int) -> dict[str, int]:
+        """Of every axis, slow links first: the last is of devices next to one another."""
+        asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        others = math.prod(size for size in asked.values() if size is not None)
+        return {k: max(devices // others, 1) if n is None else n for k, n in asked.items()}
+
+    def _near(self, devices: int) -> list[dict[str, int]]:
+        """The two meshes of so many devices that change what was asked for least."""
+        asked = {name: size for name, size in vars(self).items() if size is not None}
+        names = tuple(vars(self))
+
+        def change(sizes: dict[str, int]) -> tuple[float, list[int]]:
+            pairs = [(sizes[name], size) for name, size in asked.items()]
+            ratio = math.prod(max(pair) / min(pair) for pair in pairs)
+            return ratio, [sizes[name] for name in reversed(names)]
+
+        found = (dict(zip(names, sizes, strict=True)) for sizes in _factors(devices, len(names)))
+        return sorted(found, key=change)[:2]
 
 
-def check_divides(field: str, size: int, devices: int) -> None:
-    """Raises UserError where the rows of a batch do not divide over the devices."""
-    if size % devices:
-        near = size // devices * devices
-        nearest = [n for n in (near, near + devices) if n]
+def _factors(n: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write n as a product of so many numbers, in order."""
+    if count == 1:
+        yield (n,)
+        return
+    for first in (d for d in range(1, n + 1) if n % d == 0):
+        yield from ((first, *rest) for rest in _factors(n // first, count - 1))
+
+
+def _arranged(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.ndarray:
+    """Devices in the shape of a mesh: a replica is of one slice, or of one process, where these
+    divide so, and what exchanges most is next to one another on the network."""
+    shape = tuple(sizes.values())
+    for kind in ("slice_index", "process_index"):
+        groups = len({getattr(device, kind, 0) for device in devices})
+        if groups > 1 and groups == sizes["replica"]:
+            return mesh_utils.create_hybrid_device_mesh(
+                (1, *shape[1:]),
+                (groups, *[1] * (len(shape) - 1)),
+                devices,
+                process_is_granule=kind == "process_index",
+            )
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _words(sizes: Mapping[str, int]) -> str:
+    """Of a mesh: its axes of more than one device, and `data`."""
+    shown = {k: n for k, n in sizes.items() if n > 1 or k == "data"}
+    return " x ".join(f"{name} {size}" for name, size in shown.items())
+
+
+def copies(mesh: Mesh) -> int:
+    """The parts that a batch is split into, each with all of a row."""
+    return math.prod(mesh.shape[name] for name in BATCH[0])
+
+
+def check_divides(field: str, size: int, parts: int) -> None:
+    """Raises UserError where the rows of a batch do not divide over so many devices."""
+    if size % parts:
+        near = size // parts * parts
+        nearest = [n for n in (near, near + parts) if n]
         raise UserError(
-            f"{field} {size} does not divide over {devices} devices; "
+            f"{field} {size} does not divide over {parts} devices; "
             f"nearest that do: {', '.join(map(str, nearest))}"
         )
 
 
-def place(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:
-    """A NamedSharding for each array of a tree of shapes.
+class Placement(NamedTuple):
+    """Where an array goes, and why."""
 
-    An array that no rule matches is split over `fsdp` along the largest axis that divides, and
-    otherwise replicated. A spec shorter than an array's rank is aligned to its last axes, so that
-    one rule serves a layer by itself and a stack of them.
+    spec: P
+    rule: str | None
+    """The rule that it matches; None: none."""
+    whole: tuple[str, ...] = ()
+    """Axes of the rule that do not divide the dimensions that they were to split."""
+
+
+def placement(
+    name: str, shape: tuple[int, ...], sizes: Mapping[str, int], rules: Rules = RULES
+) -> Placement:
+    """Where the array of that name goes in a mesh of axes of those sizes.
+
+    The first rule that matches, and that is not of more dimensions than the array, says it; a spec
+    of fewer is aligned to the array's last, so that one rule serves a layer by itself and a stack
+    of them. An array that none matches is split over `fsdp` along the largest dimension that
+    divides, and otherwise replicated.
     """
+    for pattern, spec in rules:
+        if re.search(pattern, name) and len(spec) <= len(shape):
+            return _ruled(pattern, (None,) * (len(shape) - len(spec)) + tuple(spec), shape, sizes)
+    return Placement(_fsdp(shape, sizes["fsdp"]), None)
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, P(*[None] * (leaf.ndim - len(spec)), *spec))
-        return NamedSharding(mesh, _fsdp(leaf.shape, mesh.shape["fsdp"]))
 
-    return jax.tree_util.tree_map_with_path(sharding, abstract)
+def _ruled(
+    pattern: str, asked: tuple[Any, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> Placement:
+    spec = list(asked)
+    whole: list[str] = []
+    for i, names in enumerate(asked):
+        names = (names,) if isinstance(names, str) else names or ()
+        if shape[i] % math.prod(sizes[name] for name in names):
+            whole += names
+            spec[i] = None
+    return Placement(P(*spec), pattern, tuple(whole))
 
 
 def _fsdp(shape: tuple[int, ...], size: int) -> P:
@@ -85,6 +198,106 @@ def _fsdp(shape: tuple[int, ...], size: int) -> P:
         return P()
     axis = -max(divisible)[1]
     return P(*[None] * axis, "fsdp")
+
+
+def place(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A NamedSharding for each array of a tree of shapes, by its `placement`."""
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, placement(name, leaf.shape, mesh.shape, rules).spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """Where arrays are while a model computes: rows where the batch's are, and parameters, at their
+    use, gathered over `fsdp`.
+
+    Left to itself the partitioner of XLA splits activations as `fsdp` splits the parameters that
+    they meet, moves rows between devices, and gathers a recurrent layer's parameters once a step
+    of time.
+    """
+
+    mesh: Mesh
+    apart: tuple[str, ...] = ()
+    """Axes over which the program around is written for one device of many: there, rows are a
+    device's own."""
+
+    def equip(self, module: nnx.Module) -> None:
+        """A batch norm's statistics are of all rows, and attention of a whole sequence."""
+        given: Any = module
+        if isinstance(module, nnx.BatchNorm) and self.apart:
+            given.axis_name = self.apart
+        if hasattr(module, "attention_fn") and self.mesh.shape["context"] > 1:
+            given.attention_fn = ring.Ring(self.mesh, BATCH[0])
+
+    def rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Rows where the batch's are, and steps of time where the sequence's are."""
+        if x.ndim < 2 or x.shape[:1] != shape[:1] or self.alone:
+            return x
+        spec = [None if self.apart else BATCH[0], *[P.UNCONSTRAINED] * (x.ndim - 1)]
+        if self.mesh.shape["context"] > 1 and x.shape[:2] == shape[:2]:
+            spec[1] = "context"
+        return constrained(x, NamedSharding(self.mesh, P(*spec)), self.apart)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one device has all that a program works on."""
+        return all(n == 1 or name in self.apart for name, n in self.mesh.shape.items())
+
+    def whole(self, path: str, x: jax.Array) -> jax.Array:
+        spec = placement(path, x.shape, self.mesh.shape).spec
+        if self.mesh.shape["fsdp"] == 1 or "fsdp" not in spec:
+            return x
+        gathered = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return _gathered(x, *(NamedSharding(self.mesh, each) for each in (spec, gathered)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, split: NamedSharding, whole: NamedSharding) -> jax.Array:
+    """Its gradient goes where x is: it is reduced and scattered, and nowhere whole."""
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _forward(x: jax.Array, split: NamedSharding, whole: NamedSharding) -> tuple[jax.Array, None]:
+    return jax.lax.with_sharding_constraint(x, whole), None
+
+
+def _backward(split: NamedSharding, whole: NamedSharding, _: None, g: jax.Array) -> Any:
+    g = jax.lax.with_sharding_constraint(g, whole)
+    return (jax.lax.with_sharding_constraint(g, split),)
+
+
+_gathered.defvjp(_forward, _backward)
+
+
+def constrained(tree: Any, places: Any, apart: tuple[str, ...] = ()) -> Any:
+    """Arrays where their NamedShardings say; apart: as `Settled` has it."""
+    return jax.tree.map(
+        lambda x, place: jax.lax.with_sharding_constraint(x, place.spec if apart else place),
+        tree,
+        places,
+    )
+
+
+def settled(mesh: Mesh, apart: tuple[str, ...] = ()) -> Settled | None:
+    """None: one device has all."""
+    return Settled(mesh, apart) if mesh.size > 1 else None
+
+
+def in_order(batch: Mapping[str, jax.Array], mesh: Mesh) -> tuple[dict[str, jax.Array], np.ndarray]:
+    """A batch whose steps of time are in `ring.order`, as devices that share a sequence have them,
+    with the position of each; and that order."""
+    shape = batch["inputs"].shape[:2]
+    order = ring.order(shape[1], mesh.shape["context"])
+    batch = {"positions": jnp.broadcast_to(jnp.arange(shape[1])[None], shape), **batch}
+    place = NamedSharding(mesh, P(BATCH[0], "context"))
+    for name, x in batch.items():
+        if x.shape[:2] == shape:
+            batch[name] = constrained(x[:, order], place)
+    return batch, order
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

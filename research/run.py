@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -239,9 +239,12 @@ def table(summaries: Sequence[Summary]) -> str:
         "FLOPs/step",
         "MFU",
     )
-    rows = [head, *map(_row, summaries)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = {0, 2, 3, 5}
+    return aligned([head, *map(_row, summaries)], left={0, 2, 3, 5})
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """A table, its first row the head, as text; columns are to the right but for those in left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
             cell.ljust(w) if i in left else cell.rjust(w)

@@ -20,7 +20,8 @@ from research.data.splits import Batch
 from research.evaluate import Report
 from research.experiment import AVERAGED, Experiment, Source, did_you_mean, value
 from research.init_from import Loaded, flat, load
-from research.modules import compute_in, merged, variables
+from research.modules import compute_in, merged, only_norms_change, variables
+from research.parallel import Parallel
 from research.tasks import Classify, NextToken
 
 
@@ -71,6 +72,27 @@ class Setup:
     def parameters(self) -> int:
         return sum(p.size for p in jax.tree.leaves(self.abstract.params))
 
+    @functools.cached_property
+    def model(self) -> Any:
+        """The module, its arrays in outline."""
+        return nnx.eval_shape(lambda: self.experiment.model.make(nnx.Rngs(0)))
+
+    @functools.cached_property
+    def axes_apart(self) -> tuple[str, ...]:
+        """Axes over which copies of the model go through the parts of a batch by themselves and add
+        up once, where nothing is asked of a batch as a whole; none: they add up after each part."""
+        e, sizes = self.experiment, self.mesh.shape
+        axes = tuple(name for name in parallel.BATCH[0] if sizes[name] > 1)
+        able = e.task.rows_apart and only_norms_change(self.model)
+        able &= sizes["fsdp"] == sizes["context"] == 1
+        return axes if e.accumulate > 1 and able else ()
+
+    @functools.cached_property
+    def in_turn(self) -> bool:
+        """Whether devices have stretches of a sequence in turn, as `ring` says."""
+        causal = any(getattr(module, "causal", False) for _, module in nnx.iter_modules(self.model))
+        return causal and self.mesh.shape["context"] > 1
+
     def load(self) -> Loaded | None:
         """What `init_from` names, read and checked against the model. Raises UserError."""
         return load(self.experiment.init_from, self.abstract.params, self.abstract.model_state)
@@ -89,6 +111,15 @@ class Setup:
         """
         step = functools.partial(train.train_step, self)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def reference(self) -> Any:
+        """The step traced on one device, where its mathematics is written otherwise for several;
+        None: it is not."""
+        if self.mesh.shape["context"] == 1:
+            return None
+        one = Parallel().mesh(self.batch_size, self.mesh.devices.reshape(-1)[:1].tolist())
+        alone = dataclasses.replace(self, mesh=one)
+        return alone.step().trace(*alone.abstract_example())
 
     def abstract_example(self) -> tuple[train.State, Any, Any]:
         """Arguments to lower `step` with, all as shapes: the state, a batch, the root key.
@@ -186,7 +217,7 @@ class Setup:
 
     @functools.cached_property
     def _evaluator(self) -> evaluate.Evaluator:
-        return evaluate.Evaluator(self.graph, self.experiment.task, self.mesh)
+        return evaluate.Evaluator(self.graph, self.experiment.task, self.mesh, self.in_turn)
 
     def judged(self, state: train.State) -> Any:
         """The parameters to evaluate and to keep: those of training, or the optimizer's average."""
@@ -241,13 +272,17 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
     mesh = experiment.parallel.mesh(batch_size, devices)
-    parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, mesh.size)
-    parts = experiment.accumulate * mesh.size
+    copies = parallel.copies(mesh)
+    parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, copies)
+    tensor, heads = mesh.shape["tensor"], _heads(experiment.model)
+    if heads is not None:
+        parallel.check_divides(*heads, tensor)
+    parts = experiment.accumulate * copies
     if batch_size % parts:
         near = max(round(batch_size / parts), 1) * parts
         raise UserError(
             f"batch_size {batch_size} does not divide into accumulate = {experiment.accumulate} "
-            f"parts over {mesh.size} devices; nearest that does: {near}"
+            f"parts over {copies} devices; nearest that does: {near}"
         )
     first = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
@@ -262,6 +297,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
             f"no state between batches (it has no initial_carry): set {_alone(experiment.data)}"
         )
+    if mesh.shape["context"] > 1:
+        _check_context(model, first["inputs"], mesh.shape["context"])
     if "segments" in first and "segments" not in inspect.signature(model.__call__).parameters:
         raise UserError(
             f"data gives packed rows of several documents, and {type(model).__name__} cannot tell "
@@ -282,6 +319,11 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         optimizer=experiment.optimizer.make(),
         first=first,
     )
+    if tensor > 1 and not any("tensor" in s.spec for s in jax.tree.leaves(setup.shardings.params)):
+        raise UserError(
+            f"parallel.tensor {tensor}: no rule of parallel.RULES splits a parameter of "
+            f"{type(model).__name__}, whose shapes it divides"
+        )
     outputs = _outputs(setup)
     for name, split in data.items():
         try:
@@ -304,6 +346,30 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         if wanted not in metrics:
             raise UserError(f"{field}: no metric {wanted!r}{did_you_mean(wanted, metrics)}")
     return setup
+
+
+def _heads(model: Any) -> tuple[str, int] | None:
+    """The field of a model that says how many key heads it has, and their number."""
+    for field in ("kv_heads", "heads"):
+        if (heads := getattr(model, field, None)) is not None:
+            return f"model.{field}", heads
+    return None
+
+
+def _check_context(model: Any, inputs: np.ndarray, size: int) -> None:
+    name = type(model).__name__
+    if not any(hasattr(module, "attention_fn") for _, module in nnx.iter_modules(model)):
+        raise UserError(f"parallel.context {size}: {name} has no attention that shares a sequence")
+    if inputs.ndim != 2 or getattr(model, "token", None) is not None:
+        raise UserError(
+            f"parallel.context {size}: {name} attends to more than the data's tokens; "
+            "a Transformer decoder, or an encoder of tokens without a class token, can share them"
+        )
+    if inputs.shape[1] % (2 * size):
+        raise UserError(
+            f"parallel.context {size}: rows of {inputs.shape[1]} tokens do not divide into "
+            f"{2 * size} stretches, two a device"
+        )
 
 
 def _outputs(setup: Setup) -> jax.ShapeDtypeStruct:

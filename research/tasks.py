@@ -48,6 +48,15 @@ class Task:
     Training minimises the loss of a call; evaluation uses `outputs`, `score` and `gather` alone.
     """
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether the loss is a mean over examples, each of its own row and its own draws alone.
+
+        Devices may then go through the parts of a batch (`accumulate`) by themselves, and add up
+        once. Say so of a new task where it is so.
+        """
+        return False
+
     def __call__(
         self, model: Any, batch: Batch, rngs: nnx.Rngs | None = None, carry: Any = None
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
@@ -124,7 +133,8 @@ def _wide(outputs: jax.Array) -> jax.Array:
 def weighted(values: jax.Array, weights: jax.Array) -> Mean:
     """values [B, ...]; weights [B] or of more axes, each example's weight shared by its values."""
     weights = shared(weights, values)
-    return Mean(jnp.sum(values.astype(weights.dtype) * weights), jnp.sum(weights))
+    values = values.astype(jnp.promote_types(values.dtype, weights.dtype))
+    return Mean(jnp.sum(values * weights), jnp.sum(weights))
 
 
 def shared(weights: jax.Array, values: jax.Array) -> jax.Array:
@@ -204,6 +214,10 @@ class _CrossEntropy(_Classes):
         if self.gamma and self.label_smoothing:
             raise UserError("task.gamma and task.label_smoothing cannot be combined")
 
+    @property
+    def rows_apart(self) -> bool:
+        return True
+
     def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
         targets, weights = batch["targets"], batch["weights"]
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets)
@@ -254,6 +268,10 @@ class Classify(_CrossEntropy):
     cutmix: Annotated[float, Ge(0)] = 0.0
     """Train on images with a box of another, its area drawn from Beta(cutmix, cutmix) (Yun et al.
     2019); 0: off. The paper's: 1. With mixup too, each batch is mixed by one of them."""
+
+    @property
+    def rows_apart(self) -> bool:
+        return not (self.mixup or self.cutmix)
 
     def __call__(
         self, model: Any, batch: Batch, rngs: nnx.Rngs | None = None, carry: Any = None
@@ -344,6 +362,10 @@ class NextToken(_CrossEntropy):
 class BinaryClassify(_Classes):
     """Cross-entropy of targets [B] in {0, 1} against one logit [B, 1] under a sigmoid, in nats."""
 
+    @property
+    def rows_apart(self) -> bool:
+        return True
+
     def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
         logits, targets = outputs[:, 0], batch["targets"]
         losses = optax.losses.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
@@ -383,6 +405,10 @@ class Regress(Task):
     huber: Annotated[float, Gt(0)] | None = None
     """Minimise Huber's loss (1964) instead: half the square of errors up to this size, which grows
     linearly beyond it. None: the square."""
+
+    @property
+    def rows_apart(self) -> bool:
+        return True
 
     def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
         errors, weights = outputs - batch["targets"], batch["weights"]

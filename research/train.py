@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from research import checkpoint, compute, parallel, run, timing
+from research import checkpoint, compute, draws, modules, parallel, run, timing
 from research.evaluate import mean
 from research.init_from import replaced
 from research.modules import merged, variables
@@ -102,47 +105,104 @@ def train_step(
 def gradients(setup: "Setup", state: State, params: Any, batch: Any, key: jax.Array) -> Any:
     """The gradient at `params`, and (metrics, model state, carry) after the batch."""
     e = setup.experiment
+    axes = setup.axes_apart
+    if setup.in_turn:
+        batch, order = parallel.in_order(batch, setup.mesh)
+        key = draws.of_steps(key, order.tolist())
 
     def loss_of(params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array) -> Any:
         params = e.optimizer.held(params)
         with merged(
-            setup.graph, params, model_state, training=True, frozen=e.optimizer.frozen
+            setup.graph,
+            params,
+            model_state,
+            training=True,
+            frozen=e.optimizer.frozen,
+            settle=parallel.settled(setup.mesh, axes),
         ) as model:
             loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), carry)
         _, model_state = variables(model)
         metrics = metrics | skipped(batch)
-        return loss + e.optimizer.penalty(params), (metrics, model_state, carry)
+        loss += e.optimizer.penalty(params)
+        if e.accumulate > 1:  # a loss is a mean: by its weight, that the sum is the whole batch's
+            loss *= metrics["loss"].weight
+        return loss, (metrics, model_state, carry)
 
-    grad = jax.grad(loss_of, has_aux=True)
-    n = e.accumulate
-    if n == 1:
-        return grad(params, state.model_state, state.carry, batch, key)
+    if setup.mesh.shape["fsdp"] > 1:
+        loss_of = jax.checkpoint(loss_of, policy=modules.keep)
 
-    # Part i has rows i, i + n, ...: each device keeps to the rows that it has.
+    def grad(*given: Any) -> Any:
+        grads, rest = jax.grad(loss_of, has_aux=True)(*given)
+        # A sum over parts would otherwise be placed anew for each.
+        return parallel.constrained(grads, setup.shardings.params, axes), rest
+
+    given = params, state.model_state, state.carry, batch, key
+    if e.accumulate == 1:
+        return jax.grad(loss_of, has_aux=True)(*given)
+    summed = functools.partial(accumulated, grad, e.accumulate)
+    if axes:
+        rows = setup.batch_size // parallel.copies(setup.mesh) // e.accumulate
+        summed = apart(summed, setup.mesh, axes, rows)
+    (total, metrics), model_state, carry = summed(*given)
+    weight = jnp.maximum(metrics["loss"].weight, 1e-9)
+    grads = jax.tree.map(lambda t, p: (t / weight).astype(p.dtype), total, params)
+    return grads, (metrics, model_state, carry)
+
+
+def accumulated(
+    grad: Any, n: int, params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array
+) -> Any:
+    """Sums over n parts of a batch, (gradients, metrics), and the model state and carry after it.
+
+    Part i has rows i, i + n, ...: each device keeps to the rows that it has.
+    """
+
     def parts(x: jax.Array) -> jax.Array:
         return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
 
     def whole(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
+    def zeros(p: jax.Array) -> jax.Array:
+        return jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
+
     def add(so_far: Any, part: Any) -> Any:
         total, model_state = so_far
         batch, carry, key = part
         grads, (metrics, model_state, carry) = grad(params, model_state, carry, batch, key)
-        # A part's loss is its mean: by its weight, that the sum is the whole batch's.
-        weight = metrics["loss"].weight
-        total = jax.tree.map(lambda t, g: t + weight * g.astype(jnp.float32), total, grads)
+        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
         return (total, model_state), (metrics, carry)
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    given = jax.tree.map(parts, (batch, state.carry))
-    (total, model_state), (metrics, carry) = jax.lax.scan(
-        add, (zeros, state.model_state), (*given, jax.random.split(key, n))
-    )
+    given = *jax.tree.map(parts, (batch, carry)), jax.random.split(key, n)
+    before = jax.tree.map(zeros, params), model_state
+    (total, model_state), (metrics, carry) = jax.lax.scan(add, before, given)
     metrics, carry = jax.tree.map(lambda x: x.sum(0), metrics), jax.tree.map(whole, carry)
-    weight = jnp.maximum(metrics["loss"].weight, 1e-9)
-    grads = jax.tree.map(lambda t, p: (t / weight).astype(p.dtype), total, params)
-    return grads, (metrics, model_state, carry)
+    return (total, metrics), model_state, carry
+
+
+def apart(summed: Any, mesh: Mesh, axes: tuple[str, ...], rows: int) -> Any:
+    """`accumulated` on each device by itself, of its own rows, and one sum over devices at the end.
+
+    Written for all devices as one, the sum over them is in the loop: XLA for CPU, TPU and CUDA
+    leaves it there, once a part. rows: of a part, on one device.
+    """
+
+    def alone(params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array) -> Any:
+        first = jax.lax.axis_index(axes) * rows
+        key = draws.of_rows(key, first, rows)
+        sums, model_state, carry = summed(params, model_state, carry, batch, key)
+        return jax.lax.psum(sums, axes), model_state, carry
+
+    split, same = P(axes), P()
+    return jax.shard_map(
+        alone,
+        mesh=mesh,
+        in_specs=(same, same, split, split, same),
+        out_specs=(same, same, split),
+        axis_names=set(axes),
+        # A model may start a loop from zeros, which this would ask to be marked.
+        check_vma=False,
+    )
 
 
 def train(
@@ -174,7 +234,9 @@ def train(
         with clock.aside("compile"):
             traced = setup.step().trace(*setup.example())
             step_fn = traced.lower().compile()
-            ledger = compute.report(traced, compiled=step_fn, mesh=setup.mesh)
+            ledger = compute.report(
+                traced, compiled=step_fn, mesh=setup.mesh, reference=setup.reference()
+            )
             run.write_json(workdir, "compute.json", ledger.json())
             if start:
                 state, before = saved.restore(start, setup.abstract, setup.shardings)

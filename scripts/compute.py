@@ -35,7 +35,9 @@ def main() -> None:
             found = compute.Report(count=compute.count(traced))
         else:
             step = traced.lower().compile()
-            found = compute.report(traced, compiled=step, mesh=ready.mesh)
+            found = compute.report(
+                traced, compiled=step, mesh=ready.mesh, reference=ready.reference()
+            )
         if options.measure:
             found = found.after(loop.bare(ready, step, options.measure, chunk=1))
         if options.plot:

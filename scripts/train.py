@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from research import command, run, setup, train
+from research import command, placement, run, setup, train
 
 USAGE = "python scripts/train.py CONFIG [--workdir DIR] [--field value ...]"
 
@@ -20,6 +20,8 @@ class Options(command.Options):
     """Write an xprof trace of N steps into the run directory, after two that warm up."""
     require_target: bool = False
     """Exit with status 1 where the run misses its target."""
+    explain: bool = False
+    """Print where every parameter is put and its bytes on a device, and stop."""
 
 
 def main() -> None:
@@ -28,7 +30,11 @@ def main() -> None:
         command.fail(f"--profile must be a number of steps, not {options.profile}")
     workdir = options.workdir or pathlib.Path("runs") / command.name(options.config)
     with command.one_line_errors():
-        summary = train.train(setup.prepare(options.experiment), workdir, options.profile)
+        ready = setup.prepare(options.experiment)
+        if options.explain:
+            print(placement.explained(ready))
+            return
+        summary = train.train(ready, workdir, options.profile)
     print(run.table([summary]))
     if summary.met is False:
         print(f"{workdir} missed its target: {summary.target}, reached {summary.reached:.4f}")

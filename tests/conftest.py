@@ -20,6 +20,17 @@ sys.path.insert(0, str(ROOT))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also what takes long to no new end")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip = pytest.mark.skip(reason="only with --slow")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(skip)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_peaks(tmp_path_factory):
     """What was measured on this machine is not known to the tests."""

@@ -97,9 +97,12 @@ def test_what_is_restored_is_what_was_saved(tmp_path, before, after):
     assert jax.tree.structure(found) == jax.tree.structure(state)
     assert (found.model_state, found.ema) == ({}, None)
     assert list(found.params["layers"]) == list(range(12))
-    for leaf in jax.tree.leaves(found):
-        assert leaf.sharding.mesh == after
-        assert leaf.sharding.is_equivalent_to(parallel.place(leaf, after), leaf.ndim)
+    for part in (f.name for f in dataclasses.fields(found)):
+        leaves = jax.tree.leaves(getattr(found, part))
+        places = jax.tree.leaves(parallel.place(getattr(found, part), after))
+        for leaf, place in zip(leaves, places, strict=True):
+            assert leaf.sharding.mesh == after
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
 MASK = {"layers": True, "half": False, "counts": False, "flags": False, "odd": False}

@@ -110,7 +110,7 @@ def test_attention_over_padding_is_that_of_pytorch(causal):
     weights = weights * COUNTED[..., None]  # what padding itself becomes is of no account
 
     def loss(params, x):
-        y = nnx.merge(graph, params)(x, COUNTED[:, None, None])
+        y = nnx.merge(graph, params)(x, (np.ones((1, 1), bool), COUNTED))
         return jnp.sum(y * weights), y
 
     grads, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)

@@ -102,16 +102,6 @@ class Reshaped:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """Rows of 8 tokens, of 3 classes."""
-
-    def load(self):
-        tokens = np.arange(85 * 8).reshape(85, 8).astype(np.int32) % 7
-        rows = {"inputs": tokens, "targets": tokens[:, 0] % 3}
-        return {name: Examples(rows) for name in ("train", "validation")}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class AnyWidth:
     """A model for inputs of any width, as a table's columns change it."""
 
@@ -183,7 +173,7 @@ del TFDS_ROWS["data.feature"]
 PACKS = TransformerConfig(vocab=300, context=4, layers=1, heads=1, width=4)
 TABLE = Table(path="tests/table.csv", target="label")
 BASES: dict[str, tuple[Experiment, str]] = {
-    "encoder": (tiny.mlp(model=ENCODER, data=Labelled()), "model"),
+    "encoder": (tiny.mlp(model=ENCODER, data=tiny.Sequences()), "model"),
     "vit": (tiny.vit(model=dataclasses.replace(tiny.vit().model, layers=1)), "model"),
     "regress": (tiny.lines(), "task"),
     "names": (
@@ -446,13 +436,14 @@ SPEED = {"Experiment.workers", "TFDS.threads"}
 """Fields that change how fast data is made, and none of it: see test_tfds."""
 REFUSES = {
     "Parallel.data",
+    "Parallel.context",
     "TFDS.data_dir",
     "FilesOrTFDS.data_dir",
     "Table.max_categories",
     "Checked.max_bad",
 }
 """Fields that choose nothing: they say what a run needs, and refuse a machine or data without
-it; or how much of the data may be odd."""
+it, or models that cannot; or how much of the data may be odd."""
 
 
 def _image_of(e: Experiment) -> dict[str, Any]:
@@ -814,6 +805,7 @@ HELD = {
     tfds.Features,
     tfds.Decoded,
     parallel.Block,
+    parallel.Settled,
     *tokenizers.KINDS.values(),
 }
 """Dataclasses that hold data, and are made in reading it: not configuration."""

@@ -32,34 +32,45 @@ def shards(rules=(), data=1, fsdp=8, **shapes):
 @pytest.mark.parametrize(
     ("data", "fsdp", "devices", "shape"),
     [
-        (None, 1, 8, (8, 1)),
-        (None, 4, 8, (2, 4)),
-        (None, 8, 8, (1, 8)),
-        (4, 2, 8, (4, 2)),
-        (None, 1, 1, (1, 1)),
-        (2, 2, 4, (2, 2)),
+        (None, 1, 8, (8, 1, 1)),
+        (None, 4, 8, (2, 4, 1)),
+        (None, 8, 8, (1, 8, 1)),
+        (4, 2, 8, (4, 2, 1)),
+        (None, 1, 1, (1, 1, 1)),
+        (2, 2, 4, (2, 2, 1)),
+        (None, 1, 2, (1, 1, 2)),
+        (None, 2, 8, (2, 2, 2)),
     ],
 )
 def test_a_mesh_has_every_device_once(data, fsdp, devices, shape):
     given = None if devices == 8 else jax.devices()[-devices:]
-    mesh = Parallel(data=data, fsdp=fsdp).mesh(16, given)
-    assert mesh.axis_names == ("data", "fsdp")
-    assert mesh.devices.shape == shape
+    mesh = Parallel(data=data, fsdp=fsdp, tensor=shape[2]).mesh(16, given)
+    assert mesh.axis_names == ("replica", "data", "fsdp", "context", "tensor")
+    assert tuple(mesh.shape[name] for name in ("data", "fsdp", "tensor")) == shape
     assert set(mesh.devices.flat) == set(jax.devices()[-devices:])
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "message"),
+    ("asked", "message"),
     [
-        (2, 2, "data 2 x fsdp 2 = 4, and there are 8 devices"),
-        (8, 2, "data 8 x fsdp 2 = 16, and there are 8 devices"),
-        (None, 3, "data 2 x fsdp 3 = 6, and there are 8 devices"),
-        (None, 16, "data 1 x fsdp 16 = 16, and there are 8 devices"),
+        (
+            {"data": 2, "fsdp": 2},
+            "data 2 x fsdp 2 = 4, and there are 8 devices; nearest that fit: "
+            "data 4 x fsdp 2 or data 2 x fsdp 4$",
+        ),
+        ({"data": 8, "fsdp": 2}, "= 16, .* fit: data 8 or data 4 x fsdp 2$"),
+        ({"fsdp": 3}, "data 2 x fsdp 3 = 6, .*: data 2 x fsdp 4 or data 4 x fsdp 2$"),
+        ({"fsdp": 16}, "= 16, .*: data 1 x fsdp 8 or data 2 x fsdp 4$"),
+        ({"tensor": 3}, "= 6, .*: data 2 x tensor 4 or data 4 x tensor 2$"),
+        (
+            {"replica": 3, "context": 2},
+            "replica 3 x data 1 x context 2 = 6, .*: replica 4 x data 1 x",
+        ),
     ],
 )
-def test_axes_multiply_to_the_devices(data, fsdp, message):
+def test_axes_multiply_to_the_devices(asked, message):
     with pytest.raises(UserError, match=message):
-        Parallel(data=data, fsdp=fsdp).mesh(8)
+        Parallel(**asked).mesh(8)
 
 
 @pytest.mark.parametrize(

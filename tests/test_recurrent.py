@@ -49,11 +49,16 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
+def side_by_side(kernel):
+    """[D, G, H] -> [D, G x H]."""
+    return np.reshape(kernel, (len(kernel), -1))
+
+
 def numpy_step(p, x, state):
     """One step of one row, x [D]; the parameters tell the cell."""
-    w, b = np.asarray(p["input"]["kernel"], np.float64), np.asarray(p["input"]["bias"])
-    u, hidden = np.asarray(p["hidden"]["kernel"], np.float64), state[-1]
-    gates = w.shape[1] // len(hidden)
+    gates = p["input"]["bias"].shape[0]
+    w, u = (np.asarray(side_by_side(p[half]["kernel"]), float) for half in ("input", "hidden"))
+    b, hidden = np.ravel(p["input"]["bias"]), state[-1]
     if gates == 1:
         return (np.tanh(x @ w + b + hidden @ u),)
     if gates == 4:
@@ -70,8 +75,7 @@ def numpy_step(p, x, state):
 
 def numpy_direction(p, x, lengths, backward):
     """x [B, T, D] -> hidden states [B, T, H], 0 at padding, and each row's last state."""
-    width = p["hidden"]["kernel"].shape[0]
-    gates = p["hidden"]["kernel"].shape[1] // width
+    _, gates, width = p["hidden"]["kernel"].shape
     y, last = np.zeros((*x.shape[:2], width)), []
     for b, length in enumerate(lengths):
         state = (np.zeros(width),) * (2 if gates == 4 else 1)
@@ -232,7 +236,8 @@ def test_biases_of_the_other_cells_start_at_zero(cell):
 @every_cell
 def test_each_gate_starts_with_an_orthogonal_matrix_of_its_own(cell):
     for layer in initial(recurrent(cell, width=16, layers=2))["layers"].values():
-        gates = np.split(np.asarray(layer["hidden"]["kernel"]), GATES[cell], axis=1)
+        gates = np.unstack(layer["hidden"]["kernel"], axis=1)
+        assert len(gates) == GATES[cell]
         for n, gate in enumerate(gates):
             np.testing.assert_allclose(gate.T @ gate, np.eye(16), atol=1e-5)
             assert all(np.max(np.abs(gate - other)) > 0.1 for other in gates[:n])
@@ -471,11 +476,11 @@ def torch_names(params, config):
         for way, p in ways.items():
             bias = np.zeros_like(p["input"]["bias"])
             if config.cell == "gru":
-                bias[2 * config.width :] = p["bias"]
-            found[f"weight_ih_l{n}{way}"] = p["input"]["kernel"].T
-            found[f"weight_hh_l{n}{way}"] = p["hidden"]["kernel"].T
-            found[f"bias_ih_l{n}{way}"] = p["input"]["bias"]
-            found[f"bias_hh_l{n}{way}"] = bias
+                bias[2] = p["bias"]
+            found[f"weight_ih_l{n}{way}"] = side_by_side(p["input"]["kernel"]).T
+            found[f"weight_hh_l{n}{way}"] = side_by_side(p["hidden"]["kernel"]).T
+            found[f"bias_ih_l{n}{way}"] = np.ravel(p["input"]["bias"])
+            found[f"bias_hh_l{n}{way}"] = np.ravel(bias)
     return found
 
 

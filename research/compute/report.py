@@ -196,6 +196,7 @@ def report(
     *args: Any,
     compiled: Any = None,
     mesh: jax.sharding.Mesh | None = None,
+    reference: Any = None,
     seconds: float | None = None,
     **kwargs: Any,
 ) -> Report:
@@ -203,6 +204,8 @@ def report(
     ShapeDtypeStructs); or a jax.stages.Traced.
 
     compiled: what it was compiled to, where it was. mesh: to name the axes of collectives by.
+    reference: a jax.stages.Traced of the same mathematics, whose model FLOPs count, where the
+    function's own does more, or other, products for the sake of its devices.
     seconds: measured, of one call; gives MFU and HFU.
 
     Raises ValueError, in one line, for what cannot be traced.
@@ -214,7 +217,7 @@ def report(
     device = _device(compiled)
     found = [] if device is None else [roofline.datasheet(device), roofline.measured(device)]
     report = Report(
-        count=count(traced),
+        count=count(traced if reference is None else reference),
         program=run,
         xla_flops=causes.xla_flops(compiled),
         rates=[rates for rates in found if rates],

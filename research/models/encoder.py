@@ -56,8 +56,9 @@ class Classifier(Layers):
             x_BTD = jnp.concatenate([token_B1D, x_BTD], axis=1)
             if mask_BT is not None:
                 mask_BT = jnp.pad(mask_BT, ((0, 0), (1, 0)), constant_values=True)
-        mask_B11T = None if mask_BT is None else mask_BT[:, None, None]
-        return self.head(self._pool(self._encode(x_BTD, rngs, mask_B11T), mask_BT))
+        # Whatever a query is: one that does not count is not looked at.
+        counted = None if mask_BT is None else (jnp.ones((1, 1), bool), mask_BT)
+        return self.head(self._pool(self._encode(x_BTD, rngs, counted), mask_BT))
 
     def _pool(self, x_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
         if self.token is not None:

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from flax import nnx
 
 from research.models.stochastic_depth import StochasticDepth
+from research.modules import keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,31 @@ def init(config: LayersConfig, residual: bool = False) -> Callable:
     return nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5 if residual else 0.02)
 
 
+Segments = tuple[jax.Array, jax.Array]
+"""What queries [B or 1, T or 1] and keys [B, T] are of: a query attends to keys of its own."""
+
+
+def attention(
+    q_BTNh: jax.Array,
+    k_BTKh: jax.Array,
+    v_BTKh: jax.Array,
+    segments: Segments | None = None,
+    causal: bool = False,
+) -> jax.Array:
+    """Softmax of scaled products, over all keys or, causally, over those up to a query's own."""
+    mask_B1QT = None
+    if segments is not None:
+        mask_B1QT = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q_BTNh, k_BTKh, v_BTKh, mask=mask_B1QT, is_causal=causal)
+
+
 class Attention(nnx.Module):
     """Attention, causal or of all to all; queries are grouped by the key head that they share."""
 
     def __init__(self, config: LayersConfig, causal: bool, rngs: nnx.Rngs) -> None:
         self.causal = causal
+        self.attention_fn: Callable = attention
+        """Another may be put in its place, of a sequence that devices share."""
         kv_heads = config.kv_heads or config.heads
         groups, head = config.heads // kv_heads, config.width // config.heads
         self.rotary = config.positions == "rotary"
@@ -95,10 +116,10 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_B1QT: jax.Array | None = None,
+        segments: Segments | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """mask_B1QT, positions_BT: as `Layers._encode` has them."""
+        """segments, positions_BT: as `Layers._encode` has them."""
         qkv_BTKCh = self.qkv(x_BTD)  # C = G + 2: a group's queries, its key, its value
         batch, time, _, _, head = qkv_BTKCh.shape
         q_BTNh = qkv_BTKCh[..., :-2, :].reshape(batch, time, -1, head)
@@ -107,9 +128,7 @@ class Attention(nnx.Module):
             q_BTNh, k_BTKh = (_rotate(x, positions_BT) for x in (q_BTNh, k_BTKh))
         # Half of causal products are masked: the ledger says both.
         with jax.named_scope("causal") if self.causal else contextlib.nullcontext():
-            y_BTNh = jax.nn.dot_product_attention(
-                q_BTNh, k_BTKh, v_BTKh, mask=mask_B1QT, is_causal=self.causal
-            )
+            y_BTNh = self.attention_fn(q_BTNh, k_BTKh, v_BTKh, segments, self.causal)
         return self.out(y_BTNh.reshape(batch, time, -1))
 
 
@@ -158,7 +177,7 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_B1QT: jax.Array | None = None,
+        segments: Segments | None = None,
         positions_BT: jax.Array | None = None,
         depth: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
@@ -166,9 +185,12 @@ class Layer(nnx.Module):
         def branch(y_BTD: jax.Array) -> jax.Array:
             return self.stochastic_depth(self.dropout(y_BTD, rngs=rngs), depth, rngs)
 
-        attention = self.attention(self.attention_norm(x_BTD), mask_B1QT, positions_BT)
+        attention = self.attention(self.attention_norm(x_BTD), segments, positions_BT)
         x = x_BTD + branch(attention)
         return x + branch(self.mlp(self.mlp_norm(x)))
+
+
+_KEPT = {"none": keep, "full": None, "dots": jax.checkpoint_policies.checkpoint_dots}
 
 
 class Layers(nnx.Module):
@@ -196,25 +218,25 @@ class Layers(nnx.Module):
         self,
         x_BTD: jax.Array,
         rngs: nnx.Rngs | None,
-        mask_B1QT: jax.Array | None = None,
+        segments: Segments | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Adds positions, applies the layers and the norm.
 
-        mask_B1QT: True where a step, or with Q = 1 every step, may attend to another (everywhere,
-        without it). positions_BT: places in a sequence (0, 1, ... without it).
+        segments: which steps may attend to which (all, without it). positions_BT: places in a
+        sequence (0, 1, ... without it).
         """
         if self.positions is not None:
             numbers = jnp.arange(x_BTD.shape[1])[None] if positions_BT is None else positions_BT
             x_BTD = x_BTD + self.positions(numbers)
         x_BTD = self.dropout(x_BTD, rngs=rngs)
-        return self.norm(self._layers(x_BTD, rngs, mask_B1QT, positions_BT))
+        return self.norm(self._layers(x_BTD, rngs, segments, positions_BT))
 
     def _layers(
         self,
         x_BTD: jax.Array,
         rngs: nnx.Rngs | None,
-        mask_B1QT: jax.Array | None = None,
+        segments: Segments | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layers; each draws its dropout from a key of its own, scanned or not."""
@@ -229,11 +251,10 @@ class Layers(nnx.Module):
         def body(x: jax.Array, layer: tuple[nnx.State, Any, Any]) -> tuple[jax.Array, None]:
             params, key, depth = layer
             rngs = None if key is None else nnx.Rngs(dropout=key)
-            return nnx.merge(graphs[0], params)(x, mask_B1QT, positions_BT, depth, rngs), None
+            return nnx.merge(graphs[0], params)(x, segments, positions_BT, depth, rngs), None
 
-        if self.remat != "none":
-            policy = jax.checkpoint_policies.checkpoint_dots if self.remat == "dots" else None
-            body = jax.checkpoint(body, policy=policy)
+        if self.remat != "none" or self.scan:
+            body = jax.checkpoint(body, policy=_KEPT[self.remat], prevent_cse=not self.scan)
         if self.scan:
             return jax.lax.scan(body, x_BTD, (stacks[0], keys, depths))[0]
         for i, params in enumerate(stacks):

@@ -1,7 +1,7 @@
 """Recurrent networks: stacked LSTM, GRU or tanh RNN, one- or bidirectional, with attention.
 
-Shapes: B batch, T time, D inputs of a layer, H width, G = 4H, 3H or H gates, V outputs,
-F = H or, of both directions, 2H.
+Shapes: B batch, T time, D inputs of a layer, H width, G = 4, 3 or 1 gates, V outputs, F = H or, of
+both directions, 2H.
 """
 
 import dataclasses
@@ -76,9 +76,9 @@ class Layer(nnx.Module):
 
     def __init__(self, inputs: int, width: int, rngs: nnx.Rngs, reverse: bool = False) -> None:
         self.width, self.reverse = width, reverse
-        gates = self.gates * width
-        self.input = nnx.Linear(inputs, gates, bias_init=self.input_bias, rngs=rngs)
-        self.hidden = nnx.Linear(
+        gates = (self.gates, width)
+        self.input = nnx.LinearGeneral(inputs, gates, bias_init=self.input_bias, rngs=rngs)
+        self.hidden = nnx.LinearGeneral(
             width, gates, use_bias=False, kernel_init=_orthogonal_gates, rngs=rngs
         )
 
@@ -89,7 +89,7 @@ class Layer(nnx.Module):
     def initial(self, batch: int) -> State:
         return (jnp.zeros((batch, self.width)),) * self.states
 
-    def cell(self, input_BG: jax.Array, hidden_BG: jax.Array, state: State) -> State:
+    def cell(self, input_BGH: jax.Array, hidden_BGH: jax.Array, state: State) -> State:
         """The next state, from both halves of the gates."""
         raise NotImplementedError
 
@@ -103,16 +103,16 @@ class Layer(nnx.Module):
         """
 
         def step(state: State, given: Any) -> tuple[State, jax.Array]:
-            gates_BG, valid_B = given
-            after = self.cell(gates_BG, self.hidden(state[-1]), state)
+            gates_BGH, valid_B = given
+            after = self.cell(gates_BGH, self.hidden(state[-1]), state)
             if valid_B is None:
                 return after, after[-1]
             valid_B1 = valid_B[:, None]
             after = tuple(jnp.where(valid_B1, a, b) for a, b in zip(after, state, strict=True))
             return after, jnp.where(valid_B1, after[-1], 0)
 
-        gates_TBG = self.input(x_BTD).swapaxes(0, 1)
-        state, y_TBH = jax.lax.scan(step, state, (gates_TBG, valid_TB), reverse=self.reverse)
+        gates_TBGH = self.input(x_BTD).swapaxes(0, 1)
+        state, y_TBH = jax.lax.scan(step, state, (gates_TBGH, valid_TB), reverse=self.reverse)
         return y_TBH.swapaxes(0, 1), state
 
 
@@ -128,9 +128,9 @@ class LSTMLayer(Layer):
         width = shape[0] // 4
         return jnp.zeros(shape, dtype).at[width : 2 * width].set(1)
 
-    def cell(self, input_BG: jax.Array, hidden_BG: jax.Array, state: State) -> State:
+    def cell(self, input_BGH: jax.Array, hidden_BGH: jax.Array, state: State) -> State:
         cell_BH, _ = state
-        i, f, g, o = jnp.split(input_BG + hidden_BG, 4, axis=-1)
+        i, f, g, o = jnp.unstack(input_BGH + hidden_BGH, axis=1)
         cell_BH = jax.nn.sigmoid(f) * cell_BH + jax.nn.sigmoid(i) * jnp.tanh(g)
         return cell_BH, jax.nn.sigmoid(o) * jnp.tanh(cell_BH)
 
@@ -149,10 +149,10 @@ class GRULayer(Layer):
         super().__init__(inputs, width, rngs, reverse)
         self.bias = nnx.Param(jnp.zeros(width))
 
-    def cell(self, input_BG: jax.Array, hidden_BG: jax.Array, state: State) -> State:
+    def cell(self, input_BGH: jax.Array, hidden_BGH: jax.Array, state: State) -> State:
         (hidden_BH,) = state
-        reset_i, update_i, candidate_i = jnp.split(input_BG, 3, axis=-1)
-        reset_h, update_h, candidate_h = jnp.split(hidden_BG, 3, axis=-1)
+        reset_i, update_i, candidate_i = jnp.unstack(input_BGH, axis=1)
+        reset_h, update_h, candidate_h = jnp.unstack(hidden_BGH, axis=1)
         reset = jax.nn.sigmoid(reset_i + reset_h)
         update = jax.nn.sigmoid(update_i + update_h)
         candidate = jnp.tanh(candidate_i + reset * (candidate_h + self.bias[None]))
@@ -164,8 +164,8 @@ class RNNLayer(Layer):
 
     gates = 1
 
-    def cell(self, input_BG: jax.Array, hidden_BG: jax.Array, state: State) -> State:
-        return (jnp.tanh(input_BG + hidden_BG),)
+    def cell(self, input_BGH: jax.Array, hidden_BGH: jax.Array, state: State) -> State:
+        return (jnp.tanh(input_BGH + hidden_BGH)[:, 0],)
 
 
 class Bidirectional(nnx.Module):
@@ -294,7 +294,7 @@ def _draw(model: nnx.Module, limit: float, rngs: nnx.Rngs) -> None:
 
 
 def _orthogonal_gates(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """An orthogonal matrix for each gate (Saxe et al. 2014)."""
+    """[H, G x H]: an orthogonal matrix for each gate (Saxe et al. 2014)."""
     width, gates = shape[0], shape[1] // shape[0]
     matrices = [
         nnx.initializers.orthogonal()(k, (width, width), dtype)

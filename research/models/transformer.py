@@ -53,14 +53,10 @@ class Transformer(Layers):
             raise ValueError(
                 f"{tokens_BT.shape[1]} tokens exceed the model's context of {self.context}"
             )
-        mask_B1TT = None if segments is None else _same(segments)
-        x = self._encode(self.embed(tokens_BT), rngs, mask_B1TT, positions)
+        # Padding is a segment too, so that every step has something to attend to.
+        documents = None if segments is None else (segments, segments)
+        x = self._encode(self.embed(tokens_BT), rngs, documents, positions)
         if self.output is not None:
             return self.output(x)
         with jax.named_scope("output"):
             return self.embed.attend(x)
-
-
-def _same(segments_BT: jax.Array) -> jax.Array:
-    """Pairs of one segment; padding is one too, so that every step has something to attend to."""
-    return (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]

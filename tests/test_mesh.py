@@ -1,0 +1,236 @@
+"""A run is the same on any mesh: ten steps, with dropout and accumulation, against one device."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from research import UserError, compute
+from research.models.cnn import CNNConfig
+from research.models.encoder import EncoderConfig
+from research.models.recurrent import RecurrentConfig
+from research.parallel import Parallel
+from research.setup import prepare
+
+
+def sequence(**fields):
+    """A bidirectional GRU with attention, which gives one output a sequence."""
+    model = RecurrentConfig(
+        cell="gru",
+        vocab=7,
+        outputs=3,
+        width=8,
+        layers=2,
+        bidirectional=True,
+        dropout=0.2,
+        head="sequence",
+        attention="additive",
+    )
+    return tiny.mlp(model=model, data=tiny.Sequences(), **fields)
+
+
+def encoder(**fields):
+    model = EncoderConfig(
+        vocab=7, context=8, classes=3, layers=2, heads=4, kv_heads=2, width=16, dropout=0.2
+    )
+    return tiny.mlp(model=model, data=tiny.Sequences(), **fields)
+
+
+def cnn(**fields):
+    model = CNNConfig(image=(8, 8, 1), classes=3, channels=(4, 8), dense=16, dropout=0.2)
+    return tiny.mlp(model=model, data=tiny.Images(), **fields)
+
+
+FAMILIES = {
+    "mlp": tiny.mlp,
+    "cnn": cnn,
+    "resnet": tiny.resnet,
+    "vit": tiny.vit,
+    "lstm": tiny.lstm,
+    "sequence": sequence,
+    "encoder": encoder,
+    "transformer": tiny.transformer,
+    "packed": tiny.packed,
+}
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 2},
+    "data, fsdp": {"data": 2, "fsdp": 4},
+    "data, tensor": {"data": 4, "tensor": 2},
+    "fsdp, tensor": {"fsdp": 4, "tensor": 2},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+SEQUENCES = {
+    "context": {"context": 4},
+    "data, context": {"data": 2, "context": 4},
+    "fsdp, context": {"fsdp": 2, "context": 4},
+    "context, tensor": {"context": 4, "tensor": 2},
+}
+PAIRS = [
+    *((name, mesh) for name in FAMILIES for mesh in MESHES),
+    *((name, mesh) for name in ("transformer", "packed", "encoder") for mesh in SEQUENCES),
+]
+RUNS = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] == "all" else []) for pair in PAIRS]
+
+
+def on(mesh, e):
+    """An experiment set up on as many devices as its mesh has."""
+    spread = Parallel(**{"data": 1} | mesh)
+    devices = jax.devices()[: math.prod(vars(spread).values())]
+    return prepare(dataclasses.replace(e, parallel=spread), devices)
+
+
+def precisely(graph, state):
+    """A model whose embeddings are of their parameters' type, and no longer of the first one's."""
+    model = nnx.merge(graph, state.params, state.model_state)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Embed):
+            module.dtype = None
+    return nnx.split(model, nnx.Param, ...)[0]
+
+
+def attention(q_BTNh, k_BSKh, v_BSKh, mask=None, is_causal=False):
+    """By its definition: JAX's has a softmax in single precision whatever it is given."""
+    groups = q_BTNh.shape[2] // k_BSKh.shape[2]
+    k_BSNh, v_BSNh = (jnp.repeat(x, groups, axis=2) for x in (k_BSKh, v_BSKh))
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNh, k_BSNh) / q_BTNh.shape[-1] ** 0.5
+    causal = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool)) | (not is_causal)
+    seen = causal[None, None] if mask is None else causal[None, None] & mask
+    weights_BNTS = jax.nn.softmax(jnp.where(seen, scores_BNTS, -1e30), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNh)
+
+
+def doubled(tree):
+    return jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, tree)
+
+
+@functools.cache
+def start(name):
+    """The state before the first step."""
+    return jax.device_get(on({}, FAMILIES[name]()).initial())
+
+
+@functools.cache
+def ten_steps(name, mesh, double):
+    """Losses, and the parameters after ten steps: of AdamW in float64, or of SGD in float32."""
+    optimizer = {} if double else {"optimizer": tiny.sgd(0.1, clip_norm=1.0)}
+    before = start(name)
+    with jax.enable_x64(double), pytest.MonkeyPatch.context() as patch:
+        setup = on(dict(mesh), FAMILIES[name](steps=10, accumulate=2, **optimizer))
+        if double:
+            before = doubled(before)
+            setup = dataclasses.replace(setup, graph=precisely(setup.graph, before))
+            patch.setattr(jax.nn, "dot_product_attention", attention)
+        else:
+            before = dataclasses.replace(before, opt_state=setup.optimizer.init(before.params))
+        state = jax.device_put(before, setup.shardings)
+        step, losses = setup.step(), []
+        for fed in setup.feed(0, 10):
+            state, metrics = step(state, fed, setup.root)
+            losses.append(float(metrics["loss"].mean()))
+        assert {p.dtype for p in jax.tree.leaves(state.params)} == {
+            np.dtype(float if double else np.float32)
+        }
+        return np.array(losses), jax.device_get((state.params, state.model_state))
+
+
+def within(found, wanted, tolerance):
+    """Of the largest number of an array."""
+    largest = np.max(np.abs(wanted), initial=1e-3)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_state_is_the_same_wherever_it_is_made(name):
+    setup = on(MESHES["all"], FAMILIES[name]())
+    state = setup.initial()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), start(name))
+    for array, place in zip(*map(jax.tree.leaves, (state, setup.shardings)), strict=True):
+        assert array.sharding.is_equivalent_to(place, array.ndim)
+
+
+@pytest.mark.parametrize(("name", "mesh"), RUNS)
+def test_any_mesh_computes_what_one_device_does(name, mesh):
+    losses, state = ten_steps(name, tuple((MESHES | SEQUENCES)[mesh].items()), True)
+    alone, wanted = ten_steps(name, (), True)
+    np.testing.assert_allclose(losses, alone, rtol=1e-9)
+    jax.tree.map(functools.partial(within, tolerance=1e-9), state, wanted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_in_single_precision_under_sgd(name):
+    losses, state = ten_steps(name, tuple(MESHES["all"].items()), False)
+    alone, wanted = ten_steps(name, (), False)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    jax.tree.map(functools.partial(within, tolerance=1e-5), state, wanted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_flops_are_one_integer_for_every_mesh(name):
+    counts = set()
+    meshes = {mesh for each, mesh in PAIRS if each == name}
+    for mesh in ({}, *((MESHES | SEQUENCES)[mesh] for mesh in meshes)):
+        setup = on(mesh, FAMILIES[name](accumulate=2))
+        traced = setup.reference() or setup.step().trace(*setup.abstract_example())
+        found = compute.count(traced)
+        counts.add((found.model_flops, found.exact))
+    assert len(counts) == 1
+
+
+def test_heads_and_models_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"model\.heads 2 does not divide over 4 devices; .*: 4$"):
+        on({"tensor": 4}, tiny.transformer())
+    with pytest.raises(UserError, match=r"model\.kv_heads 2 does not divide over 4 devices"):
+        on({"tensor": 4}, encoder())
+    with pytest.raises(UserError, match=r"no rule of .* splits a parameter of Scale"):
+        on({"tensor": 2}, tiny.scale())
+
+
+KERNELS = {
+    # (fsdp 2, tensor 2): what one of four devices has of each kernel.
+    "mlp": {"layers/0": (5, 4), "layers/1": (4, 3)},
+    "cnn": {
+        "convs/0": (3, 3, 1, 2),
+        "convs/1": (3, 3, 2, 4),
+        "dense": (16, 8),
+        "head": (8, 3),  # no rule: fsdp
+    },
+    "lstm": {
+        "layers/0/input": (4, 4, 4),
+        "layers/0/hidden": (4, 4, 4),
+        "layers/1/input": (4, 4, 4),
+        "layers/1/hidden": (4, 4, 4),
+        "output": (4, 7),
+    },
+    "transformer": {
+        "layers/attention/qkv": (2, 4, 1, 3, 4),  # 2 layers in a stack
+        "layers/attention/out": (2, 4, 4),
+        "layers/mlp/up": (2, 4, 16),
+        "layers/mlp/down": (2, 16, 4),
+    },
+    "resnet": {"stem": (3, 3, 1, 2)},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_rules_split(name):
+    setup = on({"fsdp": 2, "tensor": 2}, FAMILIES[name]())
+    leaves = jax.tree_util.tree_leaves_with_path(setup.abstract.params)
+    places = jax.tree.leaves(setup.shardings.params)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): place.shard_shape(leaf.shape)
+        for (path, leaf), place in zip(leaves, places, strict=True)
+    }
+    kernels = {path.removesuffix("/kernel"): s for path, s in found.items() if "kernel" in path}
+    wanted = KERNELS[name]
+    assert {path: kernels[path] for path in wanted} == wanted
+    # Moments are where their parameters are.
+    moments = jax.tree.leaves(setup.shardings.opt_state[0][0].mu)
+    assert [m.spec for m in moments] == [p.spec for p in places]
