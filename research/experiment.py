@@ -20,6 +20,7 @@ from flax import nnx
 
 from research import UserError
 from research.init_from import InitFrom
+from research.local import Local
 from research.optim import Optimizer
 from research.parallel import Parallel
 
@@ -161,6 +162,8 @@ class Experiment:
     accumulate: Annotated[int, Ge(1)] = 1
     """Parts that a batch is gone through in, their gradients added up: the same update in less
     memory. Batch statistics are those of a part, and dropout draws anew for each."""
+    local: Local = Local()
+    """Clients that make steps by themselves between two updates."""
     seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     """Decides the initial parameters, the order of the data and dropout."""
     init_from: InitFrom = InitFrom()
@@ -196,6 +199,11 @@ class Experiment:
             raise UserError("early_stop.patience needs eval_every: it counts evaluations")
         if self.early_stop.keep_best and self.eval_every is None:
             raise UserError("early_stop.keep_best needs eval_every: it compares evaluations")
+        if self.local.steps > 1 and not self.local.active:
+            raise UserError("local.steps needs local.clients of 2 or more, that make them")
+        if self.local.active and (self.accumulate > 1 or self.optimizer.sam_rho is not None):
+            field = "accumulate" if self.accumulate > 1 else "optimizer.sam_rho"
+            raise UserError(f"local.clients and {field} cannot be combined")
         if self.ema is None:
             if self.early_stop.ema:
                 raise UserError("early_stop.ema needs ema: no moving average is kept")
@@ -203,6 +211,11 @@ class Experiment:
                 raise UserError(
                     f"target.split = {self.target.split!r} needs ema: no moving average is kept"
                 )
+
+    @property
+    def outer(self) -> Optimizer:
+        """What updates the parameters of the run; clients of their own use `optimizer`."""
+        return self.local.outer if self.local.active else self.optimizer
 
     @property
     def final_splits(self) -> list[str]:

@@ -12,6 +12,7 @@ PARTS = {
     "ema": "moving average",
     "model_state": "other variables",
     "opt_state": "optimizer state",
+    "clients": "clients' optimizer states",
     "carry": "carry",
 }
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,8 +61,11 @@ class Setup:
     @functools.cached_property
     def shardings(self) -> train.State:
         placed = parallel.place(self.abstract, self.mesh)
-        carry = jax.tree.map(lambda _: parallel.batched(self.mesh), self.abstract.carry)
-        return dataclasses.replace(placed, carry=carry)
+        split = {
+            part: jax.tree.map(lambda _: parallel.batched(self.mesh), getattr(self.abstract, part))
+            for part in ("clients", "carry")
+        }
+        return dataclasses.replace(placed, **split)
 
     @property
     def carries(self) -> bool:
@@ -221,7 +225,7 @@ class Setup:
 
     def judged(self, state: train.State) -> Any:
         """The parameters to evaluate and to keep: those of training, or the optimizer's average."""
-        return self.experiment.optimizer.eval_params(state.opt_state, state.params)
+        return self.experiment.outer.eval_params(state.opt_state, state.params)
 
     def evaluate(self, state: train.State, split: str) -> dict[str, dict[str, float]]:
         """Metrics by row: `split`, and "`split`_ema" where parameters are averaged.
@@ -288,10 +292,12 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     if experiment.precision != "float32":
         compute_in(model, jnp.dtype(experiment.precision))
-    try:
-        experiment.optimizer.check(variables(model)[0])
-    except ValueError as error:
-        raise UserError(f"optimizer: {error}") from None
+    for field in ("optimizer", "local.outer"):
+        try:
+            operator.attrgetter(field)(experiment).check(variables(model)[0])
+        except ValueError as error:
+            raise UserError(f"{field}: {error}") from None
+    _check_local(experiment, batch_size, mesh)
     if "reset" in first and not hasattr(model, "initial_carry"):
         raise UserError(
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
@@ -316,7 +322,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         batch_size=batch_size,
         mesh=mesh,
         graph=nnx.graphdef(model),
-        optimizer=experiment.optimizer.make(),
+        optimizer=experiment.outer.make(),
         first=first,
     )
     if tensor > 1 and not any("tensor" in s.spec for s in jax.tree.leaves(setup.shardings.params)):
@@ -354,6 +360,26 @@ def _heads(model: Any) -> tuple[str, int] | None:
         if (heads := getattr(model, field, None)) is not None:
             return f"model.{field}", heads
     return None
+
+
+def _check_local(experiment: Experiment, batch_size: int, mesh: Mesh) -> None:
+    local, copies = experiment.local, parallel.copies(mesh)
+    if not local.active:
+        return
+    for axis in ("fsdp", "context", "tensor"):
+        if mesh.shape[axis] > 1:
+            raise UserError(
+                f"parallel.{axis} {mesh.shape[axis]}: a device has whole clients (local.clients "
+                f"{local.clients}); spread them over replica and data"
+            )
+    parallel.check_divides("local.clients", local.clients, copies)
+    parts = local.clients * local.steps
+    if batch_size % parts:
+        near = max(round(batch_size / parts), 1) * parts
+        raise UserError(
+            f"batch_size {batch_size} does not divide into {local.steps} steps of "
+            f"{local.clients} clients; nearest that does: {near}"
+        )
 
 
 def _check_context(model: Any, inputs: np.ndarray, size: int) -> None:

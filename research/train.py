@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -12,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from research import checkpoint, compute, draws, modules, parallel, run, timing
+from research import checkpoint, compute, local, parallel, run, timing
 from research.evaluate import mean
+from research.gradient import gradients
 from research.init_from import replaced
-from research.modules import merged, variables
-from research.tasks import Mean, skipped
+from research.modules import variables
+from research.tasks import Mean
 
 if TYPE_CHECKING:
     from research.setup import Setup
@@ -36,6 +34,8 @@ class State:
     model_state: Any
     """The module's other variables, such as running statistics."""
     opt_state: Any
+    clients: Any
+    """Optimizer states of clients that train by themselves, split over devices as they are."""
     carry: Any
     """A recurrent model's state between batches, split over devices as they are."""
     ema: Any
@@ -57,6 +57,7 @@ def init(setup: "Setup", root: jax.Array, given: Mapping[str, jax.Array]) -> Sta
         params=params,
         model_state=model_state,
         opt_state=setup.optimizer.init(params),
+        clients=local.start(setup, params) if e.local.active else None,
         carry=model.initial_carry(setup.batch_size) if setup.carries else None,
         ema=None if e.ema is None else jax.tree.map(jnp.copy, params),
         stop=e.early_stop.start() if e.early_stop.watches else None,
@@ -76,7 +77,11 @@ def train_step(
     # Apart from the keys of the parameters, which are derived from another branch of the root.
     key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
 
-    grads, (metrics, model_state, carry) = gradients(setup, state, state.params, batch, key)
+    clients = state.clients
+    if e.local.active:
+        grads, clients, (metrics, model_state, carry) = local.together(setup, state, batch, key)
+    else:
+        grads, (metrics, model_state, carry) = gradients(setup, state, state.params, batch, key)
     if e.optimizer.sam_rho is not None:
         with jax.named_scope("optimizer"):
             there = e.optimizer.perturbed(state.params, grads)
@@ -87,7 +92,7 @@ def train_step(
         ema = state.ema
         if e.ema is not None:
             ema = optax.incremental_update(params, ema, 1 - e.ema)
-    rate = e.optimizer.learning_rate(state.step)
+    rate = e.optimizer.learning_rate(state.step * e.local.steps)
     known = {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     metrics |= {k: Mean(v, jnp.ones(())) for k, v in known.items() if v is not None}
     state = dataclasses.replace(
@@ -96,113 +101,11 @@ def train_step(
         params=params,
         model_state=model_state,
         opt_state=opt_state,
+        clients=clients,
         carry=carry,
         ema=ema,
     )
     return state, metrics
-
-
-def gradients(setup: "Setup", state: State, params: Any, batch: Any, key: jax.Array) -> Any:
-    """The gradient at `params`, and (metrics, model state, carry) after the batch."""
-    e = setup.experiment
-    axes = setup.axes_apart
-    if setup.in_turn:
-        batch, order = parallel.in_order(batch, setup.mesh)
-        key = draws.of_steps(key, order.tolist())
-
-    def loss_of(params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array) -> Any:
-        params = e.optimizer.held(params)
-        with merged(
-            setup.graph,
-            params,
-            model_state,
-            training=True,
-            frozen=e.optimizer.frozen,
-            settle=parallel.settled(setup.mesh, axes),
-        ) as model:
-            loss, (metrics, carry) = e.task(model, batch, nnx.Rngs(dropout=key), carry)
-        _, model_state = variables(model)
-        metrics = metrics | skipped(batch)
-        loss += e.optimizer.penalty(params)
-        if e.accumulate > 1:  # a loss is a mean: by its weight, that the sum is the whole batch's
-            loss *= metrics["loss"].weight
-        return loss, (metrics, model_state, carry)
-
-    if setup.mesh.shape["fsdp"] > 1:
-        loss_of = jax.checkpoint(loss_of, policy=modules.keep)
-
-    def grad(*given: Any) -> Any:
-        grads, rest = jax.grad(loss_of, has_aux=True)(*given)
-        # A sum over parts would otherwise be placed anew for each.
-        return parallel.constrained(grads, setup.shardings.params, axes), rest
-
-    given = params, state.model_state, state.carry, batch, key
-    if e.accumulate == 1:
-        return jax.grad(loss_of, has_aux=True)(*given)
-    summed = functools.partial(accumulated, grad, e.accumulate)
-    if axes:
-        rows = setup.batch_size // parallel.copies(setup.mesh) // e.accumulate
-        summed = apart(summed, setup.mesh, axes, rows)
-    (total, metrics), model_state, carry = summed(*given)
-    weight = jnp.maximum(metrics["loss"].weight, 1e-9)
-    grads = jax.tree.map(lambda t, p: (t / weight).astype(p.dtype), total, params)
-    return grads, (metrics, model_state, carry)
-
-
-def accumulated(
-    grad: Any, n: int, params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array
-) -> Any:
-    """Sums over n parts of a batch, (gradients, metrics), and the model state and carry after it.
-
-    Part i has rows i, i + n, ...: each device keeps to the rows that it has.
-    """
-
-    def parts(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
-
-    def whole(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-    def zeros(p: jax.Array) -> jax.Array:
-        return jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
-
-    def add(so_far: Any, part: Any) -> Any:
-        total, model_state = so_far
-        batch, carry, key = part
-        grads, (metrics, model_state, carry) = grad(params, model_state, carry, batch, key)
-        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
-        return (total, model_state), (metrics, carry)
-
-    given = *jax.tree.map(parts, (batch, carry)), jax.random.split(key, n)
-    before = jax.tree.map(zeros, params), model_state
-    (total, model_state), (metrics, carry) = jax.lax.scan(add, before, given)
-    metrics, carry = jax.tree.map(lambda x: x.sum(0), metrics), jax.tree.map(whole, carry)
-    return (total, metrics), model_state, carry
-
-
-def apart(summed: Any, mesh: Mesh, axes: tuple[str, ...], rows: int) -> Any:
-    """`accumulated` on each device by itself, of its own rows, and one sum over devices at the end.
-
-    Written for all devices as one, the sum over them is in the loop: XLA for CPU, TPU and CUDA
-    leaves it there, once a part. rows: of a part, on one device.
-    """
-
-    def alone(params: Any, model_state: Any, carry: Any, batch: Any, key: jax.Array) -> Any:
-        first = jax.lax.axis_index(axes) * rows
-        key = draws.of_rows(key, first, rows)
-        sums, model_state, carry = summed(params, model_state, carry, batch, key)
-        return jax.lax.psum(sums, axes), model_state, carry
-
-    split, same = P(axes), P()
-    return jax.shard_map(
-        alone,
-        mesh=mesh,
-        in_specs=(same, same, split, split, same),
-        out_specs=(same, same, split),
-        axis_names=set(axes),
-        # A model may start a loop from zeros, which this would ask to be marked.
-        check_vma=False,
-    )
 
 
 def train(

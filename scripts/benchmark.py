@@ -1,4 +1,4 @@
-"""Measurements: benchmark.py {ngram,bayes,linear,loop,input,peaks,ledger,optimizers} [...]"""
+"""Measurements: benchmark.py {ngram,bayes,linear,loop,input,peaks,ledger,optimizers,clients} ..."""
 
 import sys
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from research import UserError, command, plot, run
 from research.bench import (
     bayes,
+    clients,
     ledger,
     linear,
     loop,
@@ -30,7 +31,7 @@ USAGE = (
     "python scripts/benchmark.py "
     "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
-    "optimizers [--workdir DIR]}"
+    "optimizers [--workdir DIR], clients CONFIG [--every N ...]}"
 )
 
 
@@ -299,6 +300,30 @@ def the_optimizers(argv: list[str]) -> None:
     command.write_json(options.json, {"versions": ledger.versions(), "rows": rows})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clients(command.Options):
+    every: tuple[int, ...] = (1, 4, 16)
+    """Steps of a client between two meetings."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def the_clients(argv: list[str]) -> None:
+    options = command.parse(Clients, USAGE, argv)
+    with command.one_line_errors():
+        total = 2 * len(options.every) * len(options.seeds)
+        with tqdm(total=total, disable=not sys.stderr.isatty(), unit="run") as bar:
+
+            def say(line: str) -> None:
+                if bar.disable:
+                    print(line, file=sys.stderr, flush=True)
+                else:
+                    bar.set_postfix_str(line)
+                    bar.update()
+
+            rows = list(clients.measure(options.experiment, options.every, options.seeds, say))
+    print(clients.table(rows))
+
+
 KINDS = {
     "ngram": ngrams,
     "bayes": naive_bayes,
@@ -307,5 +332,6 @@ KINDS = {
     "peaks": the_peaks,
     "ledger": the_ledger,
     "optimizers": the_optimizers,
+    "clients": the_clients,
     "linear": baselines,
 }
