@@ -26,15 +26,18 @@ class Report(NamedTuple):
 class Evaluator:
     """Evaluates parameters on splits; compiles once per shape of batch."""
 
-    def __init__(self, graph: nnx.GraphDef, task: Any, mesh: Mesh, in_turn: bool = False) -> None:
-        """in_turn: whether devices have stretches of a sequence in turn, as `ring` says."""
+    def __init__(
+        self, graph: nnx.GraphDef, task: Any, mesh: Mesh, in_turn: bool = False, parts: int = 1
+    ) -> None:
+        """in_turn: whether devices have stretches of a sequence in turn, as `ring` says. parts: of
+        a device's rows in a pipeline."""
         self.task, self.mesh = task, mesh
 
         @jax.jit
         def step(params: Any, model_state: Any, carry: Any, batch: Any) -> Any:
             if in_turn:
                 batch, _ = parallel.in_order(batch, mesh)
-            settle = parallel.settled(mesh)
+            settle = parallel.settled(mesh, parts=parts)
             with merged(graph, params, model_state, training=False, settle=settle) as model:
                 outputs, carry = task.outputs(model, batch, None, carry)
             kept = task.gather(outputs, batch)

@@ -54,7 +54,7 @@ def gradients(setup: "Setup", state: "State", params: Any, batch: Any, key: jax.
     if setup.in_turn:
         batch, order = parallel.in_order(batch, setup.mesh)
         key = draws.of_steps(key, order.tolist())
-    settle = parallel.settled(setup.mesh, axes)
+    settle = parallel.settled(setup.mesh, axes, e.parallel.parts)
 
     given = params, state.model_state, state.carry, batch, key
     if e.accumulate == 1:

@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research import UserError, ring
+from research import UserError, pipeline, ring
 
 Rules = Sequence[tuple[str, P]]
 """(regex on a parameter's path, its spec): the first match wins."""
@@ -50,13 +50,21 @@ RULES: Rules = (
 """Where arrays are split, of any model whose names are these."""
 
 
+STACK = r"(^|/)layers/[a-z_]"
+"""Arrays of scanned layers, of which `pipeline` splits the first axis."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """The sizes of the mesh's axes; their product is the number of devices."""
+    """The sizes of the mesh's axes, whose product is the number of devices; and how a pipeline is
+    filled."""
 
     replica: Annotated[int, Ge(1)] = 1
     """Groups of devices, as hosts or slices of a pod, between which links are slow; each has a
     copy of the model, and they exchange gradients alone."""
+    pipeline: Annotated[int, Ge(1)] = 1
+    """Stages, each of so many of the layers, through which parts of a batch go one behind another;
+    of models whose layers are scanned."""
     data: Annotated[int, Ge(1)] | None = None
     """Copies of the model in a group; None: all the devices that the other axes leave."""
     fsdp: Annotated[int, Ge(1)] = 1
@@ -66,6 +74,19 @@ class Parallel:
     tensor: Annotated[int, Ge(1)] = 1
     """Devices over which heads, hidden units, channels and the vocabulary are split; they work on
     the same rows."""
+    microbatches: Annotated[int, Ge(1)] | None = None
+    """Parts that a device's rows go through a pipeline in; None: four a stage. Of m parts and n
+    stages, (n - 1) / (m + n - 1) of the time is lost."""
+
+    @property
+    def parts(self) -> int:
+        """Of a device's rows in a pipeline."""
+        return self.microbatches or 4 * self.pipeline
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """The sizes that were asked for, slow links first."""
+        return {k: size for k, size in vars(self).items() if k != "microbatches"}
 
     def mesh(self, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all of them).
@@ -88,14 +109,13 @@ class Parallel:
 
     def _sizes(self, devices: int) -> dict[str, int]:
         """Of every axis, slow links first: the last is of devices next to one another."""
-        asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        others = math.prod(size for size in asked.values() if size is not None)
-        return {k: max(devices // others, 1) if n is None else n for k, n in asked.items()}
+        others = math.prod(size for size in self.axes.values() if size is not None)
+        return {k: max(devices // others, 1) if n is None else n for k, n in self.axes.items()}
 
     def _near(self, devices: int) -> list[dict[str, int]]:
         """The two meshes of so many devices that change what was asked for least."""
-        asked = {name: size for name, size in vars(self).items() if size is not None}
-        names = tuple(vars(self))
+        asked = {name: size for name, size in self.axes.items() if size is not None}
+        names = tuple(self.axes)
 
         def change(sizes: dict[str, int]) -> tuple[float, list[int]]:
             pairs = [(sizes[name], size) for name, size in asked.items()]
@@ -173,6 +193,9 @@ def placement(
     of them. An array that none matches is split over `fsdp` along the largest dimension that
     divides, and otherwise replicated.
     """
+    if sizes.get("pipeline", 1) > 1 and re.search(STACK, name) and shape:
+        rest = placement(name, shape[1:], {**sizes, "pipeline": 1}, rules)
+        return rest._replace(spec=P("pipeline", *rest.spec))
     for pattern, spec in rules:
         if re.search(pattern, name) and len(spec) <= len(shape):
             return _ruled(pattern, (None,) * (len(shape) - len(spec)) + tuple(spec), shape, sizes)
@@ -224,6 +247,8 @@ class Settled:
     apart: tuple[str, ...] = ()
     """Axes over which the program around is written for one device of many: there, rows are a
     device's own."""
+    parts: int = 1
+    """As `Parallel` has it."""
 
     def equip(self, module: nnx.Module) -> None:
         """A batch norm's statistics are of all rows, and attention of a whole sequence."""
@@ -232,12 +257,16 @@ class Settled:
             given.axis_name = self.apart
         if hasattr(module, "attention_fn") and self.mesh.shape["context"] > 1:
             given.attention_fn = ring.Ring(self.mesh, BATCH[0])
+        if hasattr(module, "loop_fn") and self.mesh.shape["pipeline"] > 1:
+            given.loop_fn = pipeline.Pipeline(self.mesh, BATCH[0], self.parts)
 
     def rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Rows where the batch's are, and steps of time where the sequence's are."""
-        if x.ndim < 2 or x.shape[:1] != shape[:1] or self.alone:
+        if x.ndim < 2 or x.shape[:1] != shape[:1] or self.alone or self.inside:
             return x
-        spec = [None if self.apart else BATCH[0], *[P.UNCONSTRAINED] * (x.ndim - 1)]
+        # Outside of its layers, a stage has rows of its own too.
+        over = None if self.apart else (*BATCH[0], "pipeline")
+        spec: list[Any] = [over, *[P.UNCONSTRAINED] * (x.ndim - 1)]
         if self.mesh.shape["context"] > 1 and x.shape[:2] == shape[:2]:
             spec[1] = "context"
         return constrained(x, NamedSharding(self.mesh, P(*spec)), self.apart)
@@ -247,9 +276,14 @@ class Settled:
         """Whether one device has all that a program works on."""
         return all(n == 1 or name in self.apart for name, n in self.mesh.shape.items())
 
+    @property
+    def inside(self) -> bool:
+        """Whether what is traced is written for one stage of a pipeline."""
+        return "pipeline" in jax.sharding.get_abstract_mesh().manual_axes
+
     def whole(self, path: str, x: jax.Array) -> jax.Array:
         spec = placement(path, x.shape, self.mesh.shape).spec
-        if self.mesh.shape["fsdp"] == 1 or "fsdp" not in spec:
+        if self.mesh.shape["fsdp"] == 1 or "fsdp" not in spec or self.inside:
             return x
         gathered = P(*(None if axis == "fsdp" else axis for axis in spec))
         return _gathered(x, *(NamedSharding(self.mesh, each) for each in (spec, gathered)))
@@ -282,9 +316,9 @@ def constrained(tree: Any, places: Any, apart: tuple[str, ...] = ()) -> Any:
     )
 
 
-def settled(mesh: Mesh, apart: tuple[str, ...] = ()) -> Settled | None:
+def settled(mesh: Mesh, apart: tuple[str, ...] = (), parts: int = 1) -> Settled | None:
     """None: one device has all."""
-    return Settled(mesh, apart) if mesh.size > 1 else None
+    return Settled(mesh, apart, parts) if mesh.size > 1 else None
 
 
 def in_order(batch: Mapping[str, jax.Array], mesh: Mesh) -> tuple[dict[str, jax.Array], np.ndarray]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -88,7 +89,7 @@ class Setup:
         e, sizes = self.experiment, self.mesh.shape
         axes = tuple(name for name in parallel.BATCH[0] if sizes[name] > 1)
         able = e.task.rows_apart and only_norms_change(self.model)
-        able &= sizes["fsdp"] == sizes["context"] == 1
+        able &= sizes["fsdp"] == sizes["context"] == sizes["pipeline"] == 1
         return axes if e.accumulate > 1 and able else ()
 
     @functools.cached_property
@@ -119,7 +120,7 @@ class Setup:
     def reference(self) -> Any:
         """The step traced on one device, where its mathematics is written otherwise for several;
         None: it is not."""
-        if self.mesh.shape["context"] == 1:
+        if self.mesh.shape["context"] == self.mesh.shape["pipeline"] == 1:
             return None
         one = Parallel().mesh(self.batch_size, self.mesh.devices.reshape(-1)[:1].tolist())
         alone = dataclasses.replace(self, mesh=one)
@@ -221,7 +222,8 @@ class Setup:
 
     @functools.cached_property
     def _evaluator(self) -> evaluate.Evaluator:
-        return evaluate.Evaluator(self.graph, self.experiment.task, self.mesh, self.in_turn)
+        e = self.experiment
+        return evaluate.Evaluator(self.graph, e.task, self.mesh, self.in_turn, e.parallel.parts)
 
     def judged(self, state: train.State) -> Any:
         """The parameters to evaluate and to keep: those of training, or the optimizer's average."""
@@ -305,6 +307,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         )
     if mesh.shape["context"] > 1:
         _check_context(model, first["inputs"], mesh.shape["context"])
+    if mesh.shape["pipeline"] > 1:
+        _check_pipeline(experiment, model, batch_size, mesh)
     if "segments" in first and "segments" not in inspect.signature(model.__call__).parameters:
         raise UserError(
             f"data gives packed rows of several documents, and {type(model).__name__} cannot tell "
@@ -366,7 +370,7 @@ def _check_local(experiment: Experiment, batch_size: int, mesh: Mesh) -> None:
     local, copies = experiment.local, parallel.copies(mesh)
     if not local.active:
         return
-    for axis in ("fsdp", "context", "tensor"):
+    for axis in ("pipeline", "fsdp", "context", "tensor"):
         if mesh.shape[axis] > 1:
             raise UserError(
                 f"parallel.{axis} {mesh.shape[axis]}: a device has whole clients (local.clients "
@@ -396,6 +400,33 @@ def _check_context(model: Any, inputs: np.ndarray, size: int) -> None:
             f"parallel.context {size}: rows of {inputs.shape[1]} tokens do not divide into "
             f"{2 * size} stretches, two a device"
         )
+
+
+def _check_pipeline(experiment: Experiment, model: Any, batch_size: int, mesh: Mesh) -> None:
+    stages, parts = mesh.shape["pipeline"], experiment.parallel.parts
+    asked = f"parallel.pipeline {stages}: "
+    for axis in ("context", "tensor"):
+        if mesh.shape[axis] > 1:
+            raise UserError(
+                f"{asked}not together with parallel.{axis}; with replica, data and fsdp"
+            )
+    if not (hasattr(model, "loop_fn") and model.scan):
+        raise UserError(
+            f"{asked}stages are of a Transformer's scanned layers (model.scan True), and "
+            f"{type(model).__name__} has none"
+        )
+    layers = getattr(experiment.model, "layers", stages)
+    parallel.check_divides("model.layers", layers, stages)
+    least = math.lcm(parts, stages) * parallel.copies(mesh)
+    sizes = {"batch_size": batch_size // experiment.accumulate}
+    sizes |= {"eval_batch_size": experiment.eval_batch_size or batch_size}
+    for field, size in sizes.items():
+        if size % least:
+            near = max(round(size / least), 1) * least
+            raise UserError(
+                f"{asked}{field} {size} does not divide into {parts} parallel.microbatches of "
+                f"rows on each of {parallel.copies(mesh)} devices; nearest that does: {near}"
+            )
 
 
 def _outputs(setup: Setup) -> jax.ShapeDtypeStruct:

@@ -11,7 +11,7 @@ import jax
 import pytest
 import tiny
 
-from research import compute
+from research import compute, pipeline
 from research.models.cnn import CNNConfig
 from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
@@ -226,6 +226,39 @@ def test_keys_and_values_go_round_a_ring(name, target):
     part = BATCH * LENGTH // 4 * WIDTH * 4
     assert found["collective-permute", "context"] == LAYERS * (3 * 2 + 3 * 2 + 4 * 2) * part
     assert found["all-reduce", "context"] - summed(setup) in SCALARS
+
+
+STAGED = {"pipeline": 2, "data": 2}
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_stages_pass_on_parts_of_a_batch(parts, target):
+    """A part at each tick, forward and backward; rows come together before the layers and are
+    scattered after them, and the other way round; gradients are summed over copies of a stage."""
+    setup, program = compiled("scanned", target, **STAGED, microbatches=parts)
+    found = sent(program)
+    rows = BATCH // 2 * LENGTH * WIDTH * 4
+    layers = nbytes([x for name, x in over(setup, "pipeline").items()])
+    rest = nbytes(setup.abstract.params) - layers
+    assert found["collective-permute", "pipeline"] == 2 * (parts + 1) * rows // parts
+    assert found["all-gather", "pipeline"] == found["reduce-scatter", "pipeline"] == 2 * rows
+    assert found["all-reduce", "data"] == layers // 2
+    tied = VOCAB * WIDTH * 4
+    assert found["all-reduce", "pipeline", "data"] - rest - tied in SCALARS
+    # Sums of squares, for the norm of the gradient.
+    assert found["all-reduce", "pipeline"] <= 4 * len(named(setup))
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_pipelines_bubble_is_computed_and_thrown_away(parts, target):
+    setup, program = compiled("scanned", target, **STAGED, microbatches=parts)
+    count = compute.count(setup.reference())
+    output = count.by_module["output"]
+    waited = pipeline.bubble(2, parts)
+    assert program.matmul_flops * 4 == output + (count.model_flops - output) / (1 - waited)
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)

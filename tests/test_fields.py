@@ -54,12 +54,14 @@ from research.data.bad import Bad
 from research.data.bundled import PythonReference
 from research.data.cells import Cells
 from research.data.packed import Packed
+from research.data.shares import Dealt, Shares
 from research.data.splits import Examples, Lazy, Streams, Windows
 from research.data.table import Table
 from research.data.text import LabelledText, Text
 from research.data.transform import Category, Number, Transform
 from research.experiment import EarlyStop, Experiment, Target
 from research.init_from import InitFrom, Name
+from research.local import Local
 from research.models.cnn import CNNConfig
 from research.models.encoder import EncoderConfig
 from research.models.mlp import MLPConfig
@@ -156,6 +158,8 @@ ENCODER = EncoderConfig(classes=3, vocab=7, context=8, layers=1, heads=2, width=
 GROUP = Group(match="layers/0", multiplier=0.5, update=Optax("sgd", {"learning_rate": 0.1}))
 POINTS = {name: dict(split.rows) for name, split in tiny.Points().load().items()}
 CHANGED = Classify(augment=Augment(crop=1, flip=True, operations=1, cutout=3))
+CLIENTS = Local(clients=2, steps=2)
+SHARES = Shares(data=tiny.Points(), clients=2, alpha=0.5)
 FOLDER = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 for seed, name in enumerate(("ergon_images", "ergon_others")):
@@ -198,6 +202,9 @@ BASES: dict[str, tuple[Experiment, str]] = {
         ),
         "data",
     ),
+    "local": (tiny.mlp(batch_size=32, local=CLIENTS), "local.clients"),
+    "outer": (tiny.mlp(batch_size=32, local=CLIENTS), "local.outer.update"),
+    "shares": (tiny.mlp(data=SHARES), "data"),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
 """For fields that no config has: an experiment, and the part of it that is gone through."""
@@ -437,6 +444,7 @@ SPEED = {"Experiment.workers", "TFDS.threads"}
 REFUSES = {
     "Parallel.data",
     "Parallel.context",
+    "Parallel.pipeline",
     "TFDS.data_dir",
     "FilesOrTFDS.data_dir",
     "Table.max_categories",
@@ -792,6 +800,7 @@ def test_fields_that_no_config_has_are_read(name):
 
 HELD = {
     Lazy,
+    Dealt,
     Examples,
     Windows,
     Streams,

@@ -73,9 +73,16 @@ SEQUENCES = {
     "fsdp, context": {"fsdp": 2, "context": 4},
     "context, tensor": {"context": 4, "tensor": 2},
 }
+STAGES = {
+    "pipeline": {"pipeline": 2, "microbatches": 4},
+    "pipeline, data": {"pipeline": 2, "data": 2, "microbatches": 2},
+    "pipeline, fsdp": {"pipeline": 2, "fsdp": 2, "microbatches": 2},
+}
+SPREADS = MESHES | SEQUENCES | STAGES
 PAIRS = [
     *((name, mesh) for name in FAMILIES for mesh in MESHES),
     *((name, mesh) for name in ("transformer", "packed", "encoder") for mesh in SEQUENCES),
+    *((name, mesh) for name in ("transformer", "packed") for mesh in STAGES),
 ]
 RUNS = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] == "all" else []) for pair in PAIRS]
 
@@ -83,7 +90,7 @@ RUNS = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] == "all" else []
 def on(mesh, e):
     """An experiment set up on as many devices as its mesh has."""
     spread = Parallel(**{"data": 1} | mesh)
-    devices = jax.devices()[: math.prod(vars(spread).values())]
+    devices = jax.devices()[: math.prod(spread.axes.values())]
     return prepare(dataclasses.replace(e, parallel=spread), devices)
 
 
@@ -158,7 +165,7 @@ def test_a_state_is_the_same_wherever_it_is_made(name):
 
 @pytest.mark.parametrize(("name", "mesh"), RUNS)
 def test_any_mesh_computes_what_one_device_does(name, mesh):
-    losses, state = ten_steps(name, tuple((MESHES | SEQUENCES)[mesh].items()), True)
+    losses, state = ten_steps(name, tuple(SPREADS[mesh].items()), True)
     alone, wanted = ten_steps(name, (), True)
     np.testing.assert_allclose(losses, alone, rtol=1e-9)
     jax.tree.map(functools.partial(within, tolerance=1e-9), state, wanted)
@@ -176,7 +183,7 @@ def test_the_same_in_single_precision_under_sgd(name):
 def test_model_flops_are_one_integer_for_every_mesh(name):
     counts = set()
     meshes = {mesh for each, mesh in PAIRS if each == name}
-    for mesh in ({}, *((MESHES | SEQUENCES)[mesh] for mesh in meshes)):
+    for mesh in ({}, *(SPREADS[mesh] for mesh in meshes)):
         setup = on(mesh, FAMILIES[name](accumulate=2))
         traced = setup.reference() or setup.step().trace(*setup.abstract_example())
         found = compute.count(traced)
@@ -191,6 +198,47 @@ def test_heads_and_models_that_do_not_divide_are_refused():
         on({"tensor": 4}, encoder())
     with pytest.raises(UserError, match=r"no rule of .* splits a parameter of Scale"):
         on({"tensor": 2}, tiny.scale())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "e", "message"),
+    [
+        (
+            {"context": 4},
+            tiny.lstm(),
+            "parallel.context 4: LSTM has no attention that shares a sequence",
+        ),
+        ({"context": 4}, tiny.vit(), "parallel.context 4: ViT attends to more than the data's tok"),
+        (
+            {"context": 8},
+            tiny.transformer(),
+            "parallel.context 8: rows of 8 tokens do not divide into 16 stretches, two a device",
+        ),
+        (
+            {"pipeline": 2},
+            tiny.mlp(),
+            r"parallel.pipeline 2: stages are of a Transformer's scanned layers .*, and MLP has none",
+        ),
+        (
+            {"pipeline": 4},
+            tiny.transformer(),
+            "model.layers 2 does not divide over 4 devices; nearest that do: 4",
+        ),
+        (
+            {"pipeline": 2, "microbatches": 3},
+            tiny.transformer(),
+            "batch_size 16 does not divide into 3 parallel.microbatches .*; nearest that does: 18",
+        ),
+        (
+            {"pipeline": 2, "tensor": 2},
+            tiny.transformer(),
+            "parallel.pipeline 2: not together with parallel.tensor; with replica, data and fsdp",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(mesh, e, message):
+    with pytest.raises(UserError, match=message):
+        on(mesh, e)
 
 
 KERNELS = {

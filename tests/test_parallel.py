@@ -45,7 +45,7 @@ def shards(rules=(), data=1, fsdp=8, **shapes):
 def test_a_mesh_has_every_device_once(data, fsdp, devices, shape):
     given = None if devices == 8 else jax.devices()[-devices:]
     mesh = Parallel(data=data, fsdp=fsdp, tensor=shape[2]).mesh(16, given)
-    assert mesh.axis_names == ("replica", "data", "fsdp", "context", "tensor")
+    assert mesh.axis_names == ("replica", "pipeline", "data", "fsdp", "context", "tensor")
     assert tuple(mesh.shape[name] for name in ("data", "fsdp", "tensor")) == shape
     assert set(mesh.devices.flat) == set(jax.devices()[-devices:])
 

@@ -193,12 +193,19 @@ class Layer(nnx.Module):
 _KEPT = {"none": keep, "full": None, "dots": jax.checkpoint_policies.checkpoint_dots}
 
 
+def loop(body: Callable, x_BTD: jax.Array, layers: Any, beside: Any) -> jax.Array:
+    """What layers [L, ...] make of x, one after another; beside: what each has of x's rows."""
+    return jax.lax.scan(lambda x, layer: (body(x, layer, beside), None), x_BTD, layers)[0]
+
+
 class Layers(nnx.Module):
     """What a Transformer has between its input and its output; a family adds these two."""
 
     def __init__(self, config: LayersConfig, length: int, causal: bool, rngs: nnx.Rngs) -> None:
         """length: of the longest sequence."""
         self.remat, self.scan = config.remat, config.scan
+        self.loop_fn: Callable = loop
+        """Another may be put in its place, of layers that devices share."""
         self.stochastic_depth = config.stochastic_depth
         self.positions = (
             nnx.Embed(length, config.width, embedding_init=init(config), rngs=rngs)
@@ -248,16 +255,17 @@ class Layers(nnx.Module):
         dropped = self.stochastic_depth > 0 and rngs is not None
         depths = jnp.arange(1, count + 1) / count if dropped else None
 
-        def body(x: jax.Array, layer: tuple[nnx.State, Any, Any]) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, layer: tuple[nnx.State, Any, Any], beside: Any) -> jax.Array:
             params, key, depth = layer
             rngs = None if key is None else nnx.Rngs(dropout=key)
-            return nnx.merge(graphs[0], params)(x, segments, positions_BT, depth, rngs), None
+            return nnx.merge(graphs[0], params)(x, *beside, depth, rngs)
 
         if self.remat != "none" or self.scan:
             body = jax.checkpoint(body, policy=_KEPT[self.remat], prevent_cse=not self.scan)
+        beside = segments, positions_BT
         if self.scan:
-            return jax.lax.scan(body, x_BTD, (stacks[0], keys, depths))[0]
+            return self.loop_fn(body, x_BTD, (stacks[0], keys, depths), beside)
         for i, params in enumerate(stacks):
             key, depth = (None if each is None else each[i] for each in (keys, depths))
-            x_BTD, _ = body(x_BTD, (params, key, depth))
+            x_BTD = body(x_BTD, (params, key, depth), beside)
         return x_BTD
