@@ -12,14 +12,16 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
+import jax
 import tyro
 
-from research import UserError
+from research import UserError, hosts
 from research import experiment as experiments
 from research.experiment import Experiment
 
@@ -223,17 +225,22 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, FloatingPointError, OSError) as error:
-        if os.environ.get("ERGON_TRACEBACK"):
+        hosts.failed("interrupted", 130, "interrupted")
+    except Exception as error:
+        mendable = isinstance(error, UserError | FloatingPointError | OSError)
+        if mendable and not os.environ.get("ERGON_TRACEBACK"):
+            fail(" ".join(str(error).split()))
+        if hosts.count() == 1:
             raise
-        fail(" ".join(str(error).split()))
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, jax.errors.JaxRuntimeError) and (absent := hosts.gone()):
+            fail(f"{absent}: {first}")
+        hosts.failed(first, 1, traceback.format_exc())
 
 
 def write_json(path: pathlib.Path | None, value: Any) -> None:
-    """What --json asks for, as strict JSON; nothing without a path."""
-    if path is None:
+    """What --json asks for, as strict JSON, from the first process; nothing without a path."""
+    if path is None or hosts.me() > 0:
         return
     try:
         path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -242,5 +249,4 @@ def write_json(path: pathlib.Path | None, value: Any) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    hosts.failed(message, 2)

@@ -1,6 +1,7 @@
 """What a run ran on: versions, devices, the source's revision."""
 
 import importlib.metadata
+import os
 import pathlib
 import platform
 import shutil
@@ -8,6 +9,8 @@ import subprocess
 from typing import Any
 
 import jax
+
+from research import flags
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ergon")
 
@@ -19,6 +22,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processes": jax.process_count(),
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "flags": {name: os.environ.get(name) for name in flags.VARIABLES},
         "revision": revision(),
     }
 

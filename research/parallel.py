@@ -340,17 +340,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(key: jax.Array, mesh: Mesh) -> jax.Array:
     """A random key, the same in every process, on all devices."""
-    if not mesh.is_multi_process:
-        return jax.device_put(key, replicated(mesh))
-    data = jax.device_get(jax.random.key_data(key))
-    whole = jax.make_array_from_process_local_data(replicated(mesh), data)
-    return jax.random.wrap_key_data(whole, impl=jax.random.key_impl(key))
+    data = spread(jax.device_get(jax.random.key_data(key)), replicated(mesh))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
-def refuse_several() -> None:
-    """Raises UserError where there are several processes."""
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: runs of several are not supported yet")
+def spread(tree: Any, places: Any) -> Any:
+    """Arrays of the host's memory, the same in every process, where they belong.
+
+    Of several processes each places its own parts. `jax.device_put` would have them compare all.
+    """
+
+    def put(x: Any, place: NamedSharding) -> jax.Array:
+        if place.is_fully_addressable:
+            return jax.device_put(x, place)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+    return jax.tree.map(put, tree, places)
 
 
 def batched(mesh: Mesh) -> NamedSharding:

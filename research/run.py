@@ -5,15 +5,15 @@ tensorboard/  checkpoints/  summary.json  table.txt
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from research import UserError, checkpoint, record
+from research import UserError, checkpoint, hosts, record
 from research import experiment as experiments
 from research.environment import environment
 from research.experiment import Experiment, Target
@@ -93,6 +93,26 @@ def check(workdir: pathlib.Path, new: Experiment, fingerprint: str) -> list[str]
     ]
 
 
+def opening(workdir: pathlib.Path, e: Experiment, fingerprint: str) -> dict[str, Any]:
+    """What is there, before anything is created, as JSON: one process asks it for all.
+
+    news: what `check` gives; finished: a summary, where nothing is left to do; new: whether nothing
+    is saved yet; asked: what every process must have been asked.
+    """
+    news = check(workdir, e, fingerprint)
+    done = finished(workdir, e, news)
+    return {
+        "news": news,
+        "finished": None if done is None else dataclasses.asdict(done),
+        "new": not checkpoint.steps(workdir / "checkpoints"),
+        "asked": asked(e, fingerprint),
+    }
+
+
+def asked(e: Experiment, fingerprint: str) -> dict[str, Any]:
+    return {"data": fingerprint, "config": experiments.dumps(e)}
+
+
 def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
     """Raises UserError where a run was trained on other data."""
     trained_on = read(workdir, "environment.json")["data"]
@@ -123,7 +143,7 @@ def write(workdir: pathlib.Path, name: str, text: str) -> None:
 
 def write_json(workdir: pathlib.Path, name: str, value: Any) -> None:
     """Writes strict JSON, from the first process alone."""
-    if jax.process_index() == 0:
+    if hosts.me() == 0:
         write(workdir, name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -133,29 +153,46 @@ def start(
     fingerprint: str,
     new: bool,
     files: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Writes what is known before the first step, and files by name: the data's own.
 
-    new: nothing was saved here before.
+    new: nothing was saved here before. Returns when this was, which environment.json says too.
     """
-    if jax.process_index() == 0:
-        about = environment() | {"seed": experiment.seed, "data": fingerprint}
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {workdir}: {error.strerror}") from None
-        # Of fewer steps, and of a run that ended before it saved anything.
-        for stale in ("summary.json", "table.txt", *(["init_from.json"] if new else [])):
-            (workdir / stale).unlink(missing_ok=True)
-        write(workdir, "environment.json", json.dumps(about, indent=2) + "\n")
-        write(workdir, "config.json", experiments.dumps(experiment))
-        for name, text in (files or {}).items():
-            write(workdir, name, text)
+    started = datetime.datetime.now(datetime.UTC).isoformat()
+    about = environment() | {"started": started, "seed": experiment.seed, "data": fingerprint}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {workdir}: {error.strerror}") from None
+    # Of fewer steps, and of a run that ended before it saved anything.
+    for stale in ("summary.json", "table.txt", *(["init_from.json"] if new else [])):
+        (workdir / stale).unlink(missing_ok=True)
+    write(workdir, "environment.json", json.dumps(about, indent=2) + "\n")
+    write(workdir, "config.json", experiments.dumps(experiment))
+    for name, text in (files or {}).items():
+        write(workdir, name, text)
+    return started
+
+
+def check_shared(workdir: pathlib.Path, started: str, seconds: float = 60) -> None:
+    """Raises UserError where this process does not see what the first one wrote at its `start`.
+
+    seconds: how long a network's disk may show what was there before.
+    """
+    deadline = time.monotonic() + seconds
+    path = workdir / "environment.json"
+    while not (path.exists() and read(workdir, path.name).get("started") == started):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {hosts.me()} does not see what process 0 wrote in {workdir}: "
+                "give a --workdir on a disk that all processes share"
+            )
+        time.sleep(0.1)
 
 
 def recorder(workdir: pathlib.Path, e: Experiment, step: int, flops: int, quiet: bool) -> Recorder:
     """The run's recorder, from a step on; rows of later steps, of a crash, are dropped."""
-    first = jax.process_index() == 0
+    first = hosts.me() == 0
     if first:
         record.truncate(workdir, step)
     return Recorder(
@@ -212,7 +249,7 @@ def finish(workdir: pathlib.Path, found: Summary, target: Target | None) -> Summ
     """Judges a run against its target, and writes its summary and table."""
     found = judge(found, target)
     write_json(workdir, "summary.json", dataclasses.asdict(found))
-    if jax.process_index() == 0:
+    if hosts.me() == 0:
         write(workdir, "table.txt", table([found]) + "\n")
     return found
 

@@ -107,7 +107,7 @@ class Setup:
         init = jax.jit(functools.partial(train.init, self), out_shardings=self.shardings)
         given = {} if loaded is None else dict(loaded.arrays)
         places = flat(self.shardings.params) | flat(self.shardings.model_state)
-        return init(self.root, jax.device_put(given, {name: places[name] for name in given}))
+        return init(self.root, parallel.spread(given, {name: places[name] for name in given}))
 
     def step(self) -> Any:
         """The jitted step: (state, what `feed` gives, root) -> (state, metrics).
@@ -202,7 +202,7 @@ class Setup:
         row = e.eval_split + (AVERAGED if rule.ema else "")
         found = value(rows, row, rule.metric, "early_stop.metric")
         stop = rule.after(jax.device_get(state.stop), found, int(state.step))
-        return dataclasses.replace(state, stop=jax.device_put(stop, self.shardings.stop))
+        return dataclasses.replace(state, stop=parallel.spread(stop, self.shardings.stop))
 
     @property
     def eval_batch_size(self) -> int:
@@ -258,11 +258,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
 
     devices: the mesh's (default: all there are).
 
-    Raises UserError where data, model, task and devices do not fit one another, and for devices of
-    several processes that were not asked for by name: no command can use them yet.
+    Raises UserError where data, model, task and devices do not fit one another.
     """
-    if devices is None:
-        parallel.refuse_several()
     record.require(experiment.tracker)
     data = experiment.data.load()
     for name in ("train", *experiment.final_splits):

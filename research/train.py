@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from research import checkpoint, compute, local, parallel, run, timing
+from research import checkpoint, compute, hosts, local, parallel, run, timing
 from research.evaluate import mean
 from research.gradient import gradients
 from research.init_from import replaced
@@ -116,17 +116,19 @@ def train(
     profile: steps to trace for xprof, after two that warm up. quiet: print nothing.
 
     Raises UserError before anything is created where `workdir` holds another run, and
-    FloatingPointError where the loss is not finite. On SIGTERM or SIGINT it saves and raises
-    SystemExit.
+    FloatingPointError where the loss is not finite. On SIGTERM or SIGINT, in any process, it saves
+    and raises SystemExit.
     """
     e = setup.experiment
-    parallel.refuse_several()
-    news = run.check(workdir, e, setup.fingerprint)
-    if finished := run.finished(workdir, e, news):
-        return finished
-    new = not checkpoint.steps(workdir / "checkpoints")
+    known = hosts.decided(lambda: run.opening(workdir, e, setup.fingerprint))
+    hosts.check_alike(known["asked"], run.asked(e, setup.fingerprint))
+    if known["finished"]:
+        return run.Summary(**known["finished"])
+    news, new = known["news"], known["new"]
     loaded = setup.load() if new else None
-    run.start(workdir, e, setup.fingerprint, new, setup.files)
+    hosts.meet("the run")
+    started = hosts.decided(lambda: run.start(workdir, e, setup.fingerprint, new, setup.files))
+    run.check_shared(workdir, started)
     if loaded is not None:
         run.write_json(workdir, "init_from.json", loaded.json())
         news = [*news, loaded.line()]
@@ -146,7 +148,8 @@ def train(
             else:
                 state = setup.initial(loaded)
         log = stack.enter_context(run.recorder(workdir, e, start, ledger.count.model_flops, quiet))
-        trace = stack.enter_context(timing.Trace(workdir / "profile", profile))
+        trace = stack.enter_context(timing.Trace(workdir / "profile", profile * (hosts.me() == 0)))
+        agreed = stack.enter_context(hosts.agreement())
         asked = stack.enter_context(checkpoint.stop_requested())
         for line in (*setup.notes, *news, ledger.line()):
             log.message(line)
@@ -168,7 +171,7 @@ def train(
             return found
 
         def finals(step: int, state: State, names: list[str]) -> dict[str, dict[str, float]]:
-            found = run.evaluated(workdir, step)
+            found = dict(hosts.decided(lambda: run.evaluated(workdir, step)))
             for split in names:
                 if split not in found:
                     found |= evaluate(step, state, split)
@@ -192,7 +195,8 @@ def train(
             pending = step, metrics
             trace.after(metrics)
             to_evaluate, to_save = due(step, e.eval_every), due(step, e.save_every)
-            if not (to_evaluate or to_save or asked.signal):
+            signal = agreed(step, asked.signal)
+            if not (to_evaluate or to_save or signal):
                 continue
             report(*pending)
             pending = None
@@ -200,12 +204,12 @@ def train(
                 state = setup.judge(state, evaluate(step, state, e.eval_split))
                 over = e.early_stop.over(state.stop)
                 to_save |= e.early_stop.best(state.stop) == step
-            if to_save or asked.signal:
+            if to_save or signal:
                 save(step, state)
-            if asked.signal:
+            if signal:
                 saved.wait()
-                log.message(f"stopped by signal {asked.signal} at step {step}; saved")
-                raise SystemExit(128 + asked.signal)
+                log.message(f"stopped by signal {signal} at step {step}; saved")
+                raise SystemExit(128 + signal)
             if over:
                 log.message(f"stopped early at step {step}")
                 break

@@ -1,12 +1,13 @@
 """Prints what a config's step costs: as written, as compiled, and on this machine's device."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge
 
-from research import command, compute, plot, setup
+from research import command, compute, flags, plot, setup
 from research.bench import loop
 
 USAGE = "python scripts/compute.py CONFIG [--json FILE] [--plot FILE] [--field value ...]"
@@ -25,6 +26,7 @@ class Options(command.Options):
 
 
 def main() -> None:
+    flags.apply(os.environ)
     options = command.parse(Options, USAGE)
     if options.trace_only and (options.plot or options.measure):
         command.fail("--plot and --measure need the compiled step: leave out --trace_only")

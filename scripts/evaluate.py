@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from research import checkpoint, command, run, setup
+from research import checkpoint, command, hosts, run, setup
 
 USAGE = "python scripts/evaluate.py RUN --split SPLIT [--json FILE]"
 
@@ -30,18 +30,22 @@ class Options:
 
 
 def main() -> None:
+    with command.one_line_errors(), hosts.session():
+        evaluate()
+
+
+def evaluate() -> None:
     options = command.parse(Options, USAGE)
-    with command.one_line_errors():
-        run.read(options.run, "config.json")
-        ready = setup.prepare(command.load(options.run, options.allow))
-        run.check_data(options.run, ready.fingerprint)
-        setup.find(ready.splits, options.split)
-        saved = options.run / "checkpoints"
-        step, state = checkpoint.read(saved, options.step, ready.abstract, ready.shardings)
-        if options.best:
-            step = run.best(options.run, ready.experiment.early_stop.best(state.stop))
-            _, state = checkpoint.read(saved, step, ready.abstract, ready.shardings)
-        rows = ready.report(state, options.split)
+    run.read(options.run, "config.json")
+    ready = setup.prepare(command.load(options.run, options.allow))
+    run.check_data(options.run, ready.fingerprint)
+    setup.find(ready.splits, options.split)
+    saved = options.run / "checkpoints"
+    step, state = checkpoint.read(saved, options.step, ready.abstract, ready.shardings)
+    if options.best:
+        step = run.best(options.run, ready.experiment.early_stop.best(state.stop))
+        _, state = checkpoint.read(saved, step, ready.abstract, ready.shardings)
+    rows = ready.report(state, options.split)
     for row, (metrics, tables) in rows.items():
         print(json.dumps({"step": step, "split": row, "metrics": metrics}, allow_nan=False))
         for name, table in tables.items():

@@ -1,13 +1,14 @@
 """Trains an experiment in a run directory, or continues it."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 from typing import Annotated
 
 import tyro
 
-from research import command, placement, run, setup, train
+from research import command, flags, hosts, placement, run, setup, train
 
 USAGE = "python scripts/train.py CONFIG [--workdir DIR] [--field value ...]"
 
@@ -25,16 +26,21 @@ class Options(command.Options):
 
 
 def main() -> None:
+    flags.apply(os.environ)
+    with command.one_line_errors(), hosts.session():
+        train_as_asked()
+
+
+def train_as_asked() -> None:
     options = command.parse(Options, USAGE)
     if options.profile < 0:
         command.fail(f"--profile must be a number of steps, not {options.profile}")
     workdir = options.workdir or pathlib.Path("runs") / command.name(options.config)
-    with command.one_line_errors():
-        ready = setup.prepare(options.experiment)
-        if options.explain:
-            print(placement.explained(ready))
-            return
-        summary = train.train(ready, workdir, options.profile)
+    ready = setup.prepare(options.experiment)
+    if options.explain:
+        print(placement.explained(ready))
+        return
+    summary = train.train(ready, workdir, options.profile)
     print(run.table([summary]))
     if summary.met is False:
         print(f"{workdir} missed its target: {summary.target}, reached {summary.reached:.4f}")

@@ -42,7 +42,9 @@ def commit(folder):
 def test_environment_goes_into_json():
     found = environment.environment()
     assert json.loads(json.dumps(found)) == found
-    assert found.keys() == {"python", "versions", "platform", "processes", "devices", "revision"}
+    ran_on = {"python", "versions", "platform", "processes", "devices", "flags"}
+    assert found.keys() == ran_on | {"revision"}
+    assert found["flags"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     assert found["python"] == platform.python_version()
     versions = {"jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}
     assert found["versions"].items() >= versions.items()
