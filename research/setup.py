@@ -117,6 +117,19 @@ class Setup:
         step = functools.partial(train.train_step, self)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
+    def spread(self, over: Parallel, devices: Sequence[jax.Device], times: int) -> "Setup":
+        """The same on other devices with so many times the rows, for its program alone: the rows
+        are not there."""
+        rows = self.batch_size * times
+        first = {k: np.broadcast_to(v[:1], (rows, *v.shape[1:])) for k, v in self.first.items()}
+        return dataclasses.replace(
+            self,
+            experiment=dataclasses.replace(self.experiment, parallel=over),
+            mesh=over.mesh(rows, devices),
+            batch_size=rows,
+            first=first,
+        )
+
     def reference(self) -> Any:
         """The step traced on one device, where its mathematics is written otherwise for several;
         None: it is not."""

@@ -1,4 +1,4 @@
-"""Measurements: benchmark.py {ngram,bayes,linear,loop,input,peaks,ledger,optimizers,clients} ..."""
+"""Measurements: python scripts/benchmark.py KIND [...]; without a KIND it says which there are."""
 
 import sys
 

@@ -48,7 +48,7 @@ FILLED_UP = {("lstm_ptb", "cuda"), ("lstm_sst2", "cuda"), ("lstm_trec", "cuda")}
 def test_the_compiled_step_does_the_models_products(path, target):
     e = command.load(path)
     e = dataclasses.replace(e, batch_size=min(e.batch_size or MOST, MOST))
-    setup = prepared(e, ahead.topology(target).devices[:1])
+    setup = prepared(e, ahead.devices(target, 1))
     traced = setup.step().trace(*setup.abstract_example())
     compiled = ahead.compile(traced, target)
     found = compute.report(traced, compiled=compiled, mesh=setup.mesh)

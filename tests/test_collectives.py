@@ -64,7 +64,7 @@ def compiled(name, target, accumulate=1, **spread):
 
 @functools.cache
 def made(name, target, spread, accumulate):
-    devices = ahead.topology(target).devices[:4]
+    devices = ahead.devices(target)
     fields = {"parallel": spread, "accumulate": accumulate}
     setup = prepare(dataclasses.replace(FAMILIES[name](), **fields), devices)
     traced = setup.step().trace(*setup.abstract_example())

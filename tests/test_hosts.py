@@ -388,7 +388,7 @@ import ahead, jax, re
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-mesh = Mesh(ahead.topology("cuda").devices, ("fsdp",))
+mesh = Mesh(ahead.devices("cuda"), ("fsdp",))
 put = lambda *spec: NamedSharding(mesh, P(*spec))
 
 def layer(x, w):
@@ -409,7 +409,7 @@ def test_what_the_flags_of_cuda_change(given, overlapped):
     """And that jaxlib knows them."""
     import ahead
 
-    ahead.topology("cuda")
+    ahead.devices("cuda")
     told = " ".join(f"{name}={value}" for name, value in given.items())
     env = os.environ | {"XLA_FLAGS": told, "PYTHONPATH": PATHS}
     code = "import research" + LAYERS

@@ -217,7 +217,7 @@ def test_heads_and_models_that_do_not_divide_are_refused():
         (
             {"pipeline": 2},
             tiny.mlp(),
-            r"parallel.pipeline 2: stages are of a Transformer's scanned layers .*, and MLP has none",
+            "parallel.pipeline 2: stages are of a Transformer's scanned layers .*, and MLP has no",
         ),
         (
             {"pipeline": 4},

@@ -87,7 +87,7 @@ def test_the_triad_moves_what_it_is_credited_within_its_working_set(size):
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
 def test_other_compilers_leave_nothing_out(target):
-    place = SingleDeviceSharding(ahead.topology(target).devices[0])
+    place = SingleDeviceSharding(ahead.devices(target)[0])
 
     def compiled(loop, shape):
         like = jax.ShapeDtypeStruct(shape, loop.x.dtype, sharding=place)

@@ -925,15 +925,15 @@ def test_groups_not_understood_are_a_reason():
 
 @pytest.fixture(scope="module", params=ahead.TARGETS)
 def compile_for(request):
-    found = ahead.topology(request.param)
+    devices = ahead.devices(request.param)
 
     def compile_(function, *arguments, place=None):
-        place = place or SingleDeviceSharding(found.devices[0])
+        place = place or SingleDeviceSharding(devices[0])
         placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
         lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=(request.param,))
         return lowered.compile()
 
-    compile_.devices = np.array(found.devices)
+    compile_.devices = np.array(devices)
     return compile_
 
 

@@ -22,6 +22,7 @@ from research.bench import (
     ngram,
     optimizers,
     reading,
+    scaling,
 )
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
@@ -31,7 +32,8 @@ USAGE = (
     "python scripts/benchmark.py "
     "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
-    "optimizers [--workdir DIR], clients CONFIG [--every N ...]}"
+    "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
+    "scaling CONFIG [--kind KIND] [--devices N ...]}"
 )
 
 
@@ -324,6 +326,24 @@ def the_clients(argv: list[str]) -> None:
     print(clients.table(rows))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling(command.Options):
+    kind: Literal["v5e", "v5p", "h100"] = "h100"
+    """What is compiled for; no such device is needed."""
+    devices: tuple[int, ...] = (1, 8, 64, 512, 4096)
+    axis: scaling.Axis = "data"
+    """The axis of the mesh that grows."""
+
+
+def the_scaling(argv: list[str]) -> None:
+    options = command.parse(Scaling, USAGE, argv)
+    e = options.experiment
+    with command.one_line_errors():
+        rows = list(scaling.measure(e, options.kind, options.devices, options.axis))
+    print(f"{options.kind}, batch_size {e.batch_size} for each of {options.axis}: of one device\n")
+    print(scaling.table(rows))
+
+
 KINDS = {
     "ngram": ngrams,
     "bayes": naive_bayes,
@@ -333,5 +353,6 @@ KINDS = {
     "ledger": the_ledger,
     "optimizers": the_optimizers,
     "clients": the_clients,
+    "scaling": the_scaling,
     "linear": baselines,
 }

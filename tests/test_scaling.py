@@ -1,0 +1,72 @@
+"""Devices to compile for that are not there, and how a step grows with their number."""
+
+import ahead
+import jax
+import pytest
+import tiny
+
+from research import UserError
+from research.bench import scaling
+from research.compute import targets
+from research.parallel import Parallel
+from research.setup import prepare
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "name"),
+    [
+        ("v5e", 1, "TPU v5 lite"),
+        ("v5e", 256, "TPU v5 lite"),
+        ("v5p", 4, "TPU v5"),
+        ("v5p", 4096, "TPU v5"),
+        ("h100", 4, "NVIDIA H100 80GB HBM3"),
+        ("h100", 4096, "NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_as_many_devices_as_are_asked_for(kind, count, name):
+    if not targets.installed(kind):
+        pytest.skip("its compiler is not installed")
+    found = targets.devices(kind, count)
+    assert len({device.id for device in found}) == count
+    assert {device.device_kind for device in found} == {name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "message"),
+    [
+        ("v5e", 6, "v5e: devices are a power of 2 up to 256, not 6"),
+        ("v5e", 512, "up to 256, not 512"),
+        ("h100", 12, "h100: devices are up to 8, or hosts of 8, not 12"),
+        ("h100", 0, "not 0"),
+    ],
+)
+def test_a_number_that_no_slice_has_is_refused(kind, count, message):
+    with pytest.raises(ValueError, match=message):
+        targets.devices(kind, count)
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_a_devices_work_stays_and_its_share_of_parameters_falls(axis, target):
+    ahead.devices(target)  # skips
+    e = tiny.lstm(batch_size=4)
+    one, four, many = scaling.measure(e, ahead.KINDS[target], (1, 4, 64), axis)
+    assert one.flops == four.flops == many.flops
+    assert (one.sent, one.messages) == (0, 0)
+    assert [row.devices for row in (one, four, many)] == [1, 4, 64]
+    assert {row.qualifier for row in (one, four, many)} == {"exact"}
+    # A sum's bytes are those of the parameters, whatever the number of devices.
+    if axis == "data":
+        assert four.kinds == many.kinds
+        parameters = sum(x.size for x in jax.tree.leaves(prepare(e, tiny.ONE).abstract.params))
+        assert 4 * parameters <= four.sent <= 4 * parameters + 5 * 4
+    else:
+        assert {"all-gather", "all-reduce"} <= four.kinds.keys()
+
+
+def test_what_cannot_grow_so_is_refused():
+    ahead.devices("cuda")
+    with pytest.raises(UserError, match="--devices 9 does not divide by the other axes' 2"):
+        list(scaling.measure(tiny.lstm(parallel=Parallel(tensor=2)), "h100", (9,), "data"))
+    with pytest.raises(UserError, match="--devices: h100: devices are up to 8"):
+        list(scaling.measure(tiny.lstm(batch_size=4), "h100", (12,), "data"))
