@@ -117,10 +117,11 @@ class Parallel:
         asked = {name: size for name, size in self.axes.items() if size is not None}
         names = tuple(self.axes)
 
-        def change(sizes: dict[str, int]) -> tuple[float, list[int]]:
+        def change(sizes: dict[str, int]) -> tuple[float, int, list[int]]:
             pairs = [(sizes[name], size) for name, size in asked.items()]
             ratio = math.prod(max(pair) / min(pair) for pair in pairs)
-            return ratio, [sizes[name] for name in reversed(names)]
+            new = sum(size == 1 < there for there, size in pairs)
+            return ratio, new, [sizes[name] for name in reversed(names)]
 
         found = (dict(zip(names, sizes, strict=True)) for sizes in _factors(devices, len(names)))
         return sorted(found, key=change)[:2]

@@ -46,22 +46,24 @@ def test_a_number_that_no_slice_has_is_refused(kind, count, message):
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
-def test_a_devices_work_stays_and_its_share_of_parameters_falls(axis, target):
+def test_a_devices_work_stays_the_same_and_so_does_what_it_sends(target):
     ahead.devices(target)  # skips
     e = tiny.lstm(batch_size=4)
-    one, four, many = scaling.measure(e, ahead.KINDS[target], (1, 4, 64), axis)
+    one, four, many = scaling.measure(e, ahead.KINDS[target], (1, 4, 64), "data")
     assert one.flops == four.flops == many.flops
     assert (one.sent, one.messages) == (0, 0)
     assert [row.devices for row in (one, four, many)] == [1, 4, 64]
     assert {row.qualifier for row in (one, four, many)} == {"exact"}
-    # A sum's bytes are those of the parameters, whatever the number of devices.
-    if axis == "data":
-        assert four.kinds == many.kinds
-        parameters = sum(x.size for x in jax.tree.leaves(prepare(e, tiny.ONE).abstract.params))
-        assert 4 * parameters <= four.sent <= 4 * parameters + 5 * 4
-    else:
-        assert {"all-gather", "all-reduce"} <= four.kinds.keys()
+    parameters = sum(x.size for x in jax.tree.leaves(prepare(e, tiny.ONE).abstract.params))
+    assert four.kinds == many.kinds
+    assert 4 * parameters <= four.sent <= 4 * parameters + 5 * 4
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_parameters_that_are_split_are_gathered(target):
+    ahead.devices(target)
+    (four,) = scaling.measure(tiny.lstm(batch_size=4), ahead.KINDS[target], (4,), "fsdp")
+    assert {"all-gather", "all-reduce"} <= four.kinds.keys()
 
 
 def test_what_cannot_grow_so_is_refused():

@@ -89,9 +89,10 @@ def devices(kind: str, count: int) -> list[jax.Device]:
 
 
 def _sides(chips: int, dimensions: int) -> list[int]:
-    """Powers of 2, as equal as they can be, the smallest first."""
+    """Powers of 2, as equal as they can be, the smallest first but for 1."""
     power = chips.bit_length() - 1
-    return sorted(2 ** ((power + i) // dimensions) for i in range(dimensions))
+    sides = sorted(2 ** ((power + i) // dimensions) for i in range(dimensions))
+    return sorted(sides, key=lambda side: side == 1)
 
 
 @functools.cache
