@@ -60,7 +60,6 @@ class Model(Protocol):
 class Task(Protocol):
     """A frozen dataclass that turns a model and a batch into a loss; see `research.tasks`."""
 
-    @property
     def rows_apart(self) -> bool: ...
 
     def __call__(self, model: Any, batch: Any, rngs: nnx.Rngs | None, carry: Any) -> Any: ...

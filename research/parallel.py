@@ -97,9 +97,9 @@ class Parallel:
         devices = jax.devices() if devices is None else devices
         sizes = self._sizes(len(devices))
         if math.prod(sizes.values()) != len(devices):
-            near = " or ".join(map(_words, self._near(len(devices))))
+            near = " or ".join(map(words, self._near(len(devices))))
             raise UserError(
-                f"parallel: {_words(sizes)} = {math.prod(sizes.values())}, "
+                f"parallel: {words(sizes)} = {math.prod(sizes.values())}, "
                 f"and there are {len(devices)} devices; nearest that fit: {near}"
             )
         types = (AxisType.Auto,) * len(sizes)
@@ -152,7 +152,7 @@ def _arranged(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.nda
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _words(sizes: Mapping[str, int]) -> str:
+def words(sizes: Mapping[str, int]) -> str:
     """Of a mesh: its axes of more than one device, and `data`."""
     shown = {k: n for k, n in sizes.items() if n > 1 or k == "data"}
     return " x ".join(f"{name} {size}" for name, size in shown.items())

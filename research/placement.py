@@ -36,7 +36,7 @@ def explained(setup: Setup) -> str:
                 continue
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             found = parallel.placement(name, leaf.shape, sizes)
-            split = [axes if isinstance(axes, str) else "-" for axes in place.spec]
+            split = [axes if sizes.get(axes, 1) > 1 else "-" for axes in place.spec]
             table.append(
                 (
                     name,
@@ -51,8 +51,11 @@ def explained(setup: Setup) -> str:
                 whole.append(f"{name}: {axes} does not divide its dimension, which stays whole")
         if total[0]:
             totals.append((title, "", "", "", *(f"{n:,}" for n in total)))
-    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    lines = [f"mesh: {mesh}", run.aligned([*table, *totals], left={0, 1, 2, 3}), *whole]
+    lines = [
+        f"mesh: {parallel.words(sizes)}",
+        run.aligned([*table, *totals], left={0, 1, 2, 3}),
+        *whole,
+    ]
     if setup.mesh.shape["fsdp"] > 1:
         lines.append("where no rule matches, fsdp splits the largest dimension that divides")
     return "\n".join(lines)

@@ -88,7 +88,7 @@ class Setup:
         up once, where nothing is asked of a batch as a whole; none: they add up after each part."""
         e, sizes = self.experiment, self.mesh.shape
         axes = tuple(name for name in parallel.BATCH[0] if sizes[name] > 1)
-        able = e.task.rows_apart and only_norms_change(self.model)
+        able = e.task.rows_apart() and only_norms_change(self.model)
         able &= sizes["fsdp"] == sizes["context"] == sizes["pipeline"] == 1
         return axes if e.accumulate > 1 and able else ()
 

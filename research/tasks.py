@@ -48,7 +48,6 @@ class Task:
     Training minimises the loss of a call; evaluation uses `outputs`, `score` and `gather` alone.
     """
 
-    @property
     def rows_apart(self) -> bool:
         """Whether the loss is a mean over examples, each of its own row and its own draws alone.
 
@@ -133,7 +132,8 @@ def _wide(outputs: jax.Array) -> jax.Array:
 def weighted(values: jax.Array, weights: jax.Array) -> Mean:
     """values [B, ...]; weights [B] or of more axes, each example's weight shared by its values."""
     weights = shared(weights, values)
-    values = values.astype(jnp.promote_types(values.dtype, weights.dtype))
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(weights.dtype)
     return Mean(jnp.sum(values * weights), jnp.sum(weights))
 
 
@@ -214,7 +214,6 @@ class _CrossEntropy(_Classes):
         if self.gamma and self.label_smoothing:
             raise UserError("task.gamma and task.label_smoothing cannot be combined")
 
-    @property
     def rows_apart(self) -> bool:
         return True
 
@@ -269,7 +268,6 @@ class Classify(_CrossEntropy):
     """Train on images with a box of another, its area drawn from Beta(cutmix, cutmix) (Yun et al.
     2019); 0: off. The paper's: 1. With mixup too, each batch is mixed by one of them."""
 
-    @property
     def rows_apart(self) -> bool:
         return not (self.mixup or self.cutmix)
 
@@ -362,7 +360,6 @@ class NextToken(_CrossEntropy):
 class BinaryClassify(_Classes):
     """Cross-entropy of targets [B] in {0, 1} against one logit [B, 1] under a sigmoid, in nats."""
 
-    @property
     def rows_apart(self) -> bool:
         return True
 
@@ -406,7 +403,6 @@ class Regress(Task):
     """Minimise Huber's loss (1964) instead: half the square of errors up to this size, which grows
     linearly beyond it. None: the square."""
 
-    @property
     def rows_apart(self) -> bool:
         return True
 

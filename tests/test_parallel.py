@@ -269,13 +269,13 @@ def by_processes(processes):
 
 
 def test_processes_read_their_shares_and_step_as_one_does():
-    processes = 2
     (one,) = by_processes(1)
     # 9 batches of 16 rows, and two of the 21 that validate.
     assert one["taken"] == 9 * 16 + 2 * 16
-    for found in by_processes(processes):
+    for processes, found in [(n, found) for n in (2, 4) for found in by_processes(n)]:
         assert found["taken"] == one["taken"] / processes
-        assert "must follow one another" in found["apart"]
+        # Two devices of a process may have others between them; one has not.
+        assert ("must follow one another" in found.get("apart", "")) == (processes == 2)
         for family in ("mlp", "lstm"):
             assert found[family]["batches"] == one[family]["batches"]
             for part in ("losses", "metrics", "params"):

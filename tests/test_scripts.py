@@ -35,6 +35,21 @@ def trained(tmp_path_factory):
     return workdir, ok("train", *MLP, "--workdir", workdir)
 
 
+def test_train_explains_where_parameters_are_put_and_makes_nothing(tmp_path):
+    spread = ["--parallel.fsdp", "2", "--parallel.tensor", "2", "--workdir", tmp_path / "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "4")
+        out = ok("train", *MLP, *spread, "--explain")
+    assert "mesh: data 1 x fsdp 2 x tensor 2" in out
+    kernel, head = (re.search(rf"layers/{i}/kernel +(.*)", out)[1].split("  ") for i in (0, 2))
+    # 30 x 64 of float32 over four devices; of an output of one number, over two.
+    assert [x.strip() for x in kernel if x][0:2] == ["30 x 64", "fsdp, tensor"]
+    assert [x.strip() for x in kernel if x][-2:] == ["7,680", "1,920"]
+    assert [x.strip() for x in head if x][-2:] == ["128", "64"]
+    assert "layers/2/kernel: tensor 2 does not divide its dimension, which stays whole" in out
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_prints_plain_lines_and_a_table(trained):
     _, out = trained
     lines = out.splitlines()
