@@ -11,7 +11,7 @@ import jax
 import pytest
 import tiny
 
-from research import compute, pipeline
+from research import compute, pipeline, train
 from research.models.cnn import CNNConfig
 from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
@@ -64,7 +64,7 @@ def compiled(name, target, accumulate=1, **spread):
 
 @functools.cache
 def made(name, target, spread, accumulate):
-    devices = ahead.devices(target)
+    devices = jax.devices()[:4] if target == "cpu" else ahead.devices(target)
     fields = {"parallel": spread, "accumulate": accumulate}
     setup = prepare(dataclasses.replace(FAMILIES[name](), **fields), devices)
     traced = setup.step().trace(*setup.abstract_example())
@@ -281,3 +281,40 @@ def test_a_devices_parameters_and_moments_are_its_share(name, target):
         held[fsdp] = by["state.params"] + by["state.opt_state"]
     assert held[1] / held[2] == pytest.approx(2, rel=0.05)
     assert held[1] / held[4] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+@pytest.mark.parametrize("name", ["lstm", "scanned"])
+def test_a_state_is_made_in_parts(name, target):
+    """Of which no device ever has more than its own; the compiler pads some."""
+    setup, _ = compiled(name, target, fsdp=4)
+    make = jax.jit(functools.partial(train.init, setup, given={}), out_shardings=setup.shardings)
+    _, _, root = setup.abstract_example()
+    program = make.trace(root).lower(lowering_platforms=(target,)).compile()
+    memory = compute.program(program, setup.mesh).memory
+    share = sum(
+        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, place in zip(*map(jax.tree.leaves, (setup.abstract, setup.shardings)), strict=True)
+    )
+    assert share <= nbytes(setup.abstract.params) * 3 / 4 * 1.05
+    assert share <= memory.outputs <= 2 * share
+    assert memory.temporaries <= share
+
+
+@pytest.mark.parametrize("spread", [{"data": 4}, {"fsdp": 4}])
+@pytest.mark.parametrize("name", ["mlp", "lstm", "transformer"])
+def test_the_cpus_own_theory(name, spread):
+    """It has no reduce-scatter, and sums the gradients of what a loop over time uses, an LSTM's
+    hidden kernels, once a step of time."""
+    setup, program = compiled(name, "cpu", **spread)
+    found = sent(program)
+    (axis,) = spread
+    whole = nbytes(setup.abstract.params) + nbytes([leaf for leaf, _ in twice(setup)])
+    hidden = [leaf for path, (leaf, _) in named(setup).items() if "hidden/kernel" in path]
+    summed = whole + (LENGTH - 1) * nbytes(hidden)
+    assert 0 <= found["all-reduce", axis] - summed <= 4 * len(named(setup)) + max(SCALARS)
+    if axis == "fsdp":
+        split = over(setup, "fsdp")
+        kernels = [x for path, x in split.items() if path.endswith("kernel")]
+        assert found["all-gather", "fsdp"] <= nbytes(split) + nbytes(kernels)
+    assert len(found) == len(spread) + (axis == "fsdp")

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from research import UserError, parallel
+from research.compute import targets
 from research.parallel import Parallel
 
 
@@ -71,6 +72,19 @@ def test_a_mesh_has_every_device_once(data, fsdp, devices, shape):
 def test_axes_multiply_to_the_devices(asked, message):
     with pytest.raises(UserError, match=message):
         Parallel(**asked).mesh(8)
+
+
+def test_a_replica_is_one_slice():
+    """Of two slices of TPU v5e that are not there, in any order."""
+    if not targets.installed("v5e"):
+        pytest.skip("libtpu, the compiler for TPU, is not installed")
+    found = targets.slices("v5e", 4, 2)
+    for devices in (found, found[::-1], found[::2] + found[1::2]):
+        mesh = Parallel(replica=2, fsdp=2).mesh(16, devices)
+        assert [{d.slice_index for d in part.flat} for part in mesh.devices] in (
+            [{0}, {1}],
+            [{1}, {0}],
+        )
 
 
 @pytest.mark.parametrize(

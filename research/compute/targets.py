@@ -88,6 +88,12 @@ def devices(kind: str, count: int) -> list[jax.Device]:
     return list(found.devices)[:count]
 
 
+def slices(kind: str, count: int, number: int) -> list[jax.Device]:
+    """A number of slices of `count` TPU chips each, between which there is a slower network."""
+    shape = "x".join(map(str, _sides(count, TARGETS[kind].torus)))
+    return list(_topology(kind, shape, number).devices)
+
+
 def _sides(chips: int, dimensions: int) -> list[int]:
     """Powers of 2, as equal as they can be, the smallest first but for 1."""
     power = chips.bit_length() - 1
@@ -96,11 +102,12 @@ def _sides(chips: int, dimensions: int) -> list[int]:
 
 
 @functools.cache
-def _topology(kind: str, shape: str) -> Any:
+def _topology(kind: str, shape: str, slices: int = 1) -> Any:
     target = TARGETS[kind]
     with _environment(_HOST if target.platform == "tpu" else {}):
         if target.platform == "tpu":
-            return topologies.get_topology_desc(f"{target.topology}:{shape}", "tpu")
+            name = f"{target.topology}:{shape}"
+            return topologies.get_topology_desc(name, "tpu", num_slices=slices)
         return topologies.get_topology_desc(
             platform="cuda", target_config=target.topology, topology=shape
         )
