@@ -214,7 +214,7 @@ class Experiment:
     @property
     def outer(self) -> Optimizer:
         """What updates the parameters of the run; clients of their own use `optimizer`."""
-        return self.local.outer if self.local.active else self.optimizer
+        return Optimizer(update=self.local.outer) if self.local.active else self.optimizer
 
     @property
     def final_splits(self) -> list[str]:

@@ -15,7 +15,7 @@ from annotated_types import Ge
 from jax.sharding import PartitionSpec as P
 
 from research import draws, gradient, parallel
-from research.optim import Optax, Optimizer
+from research.optim import Optax, Update
 
 if TYPE_CHECKING:
     from research.setup import Setup
@@ -38,7 +38,7 @@ class Local:
     steps: Annotated[int, Ge(1)] = 1
     """Of a client in a round; a batch is of all steps of all clients. Steps that a learning rate's
     schedule speaks of are these."""
-    outer: Optimizer = Optimizer(update=Optax("sgd", {"learning_rate": 1.0}))
+    outer: Update = Optax("sgd", {"learning_rate": 1.0})
 
     @property
     def active(self) -> bool:
@@ -59,7 +59,7 @@ def together(setup: "Setup", state: "State", batch: Any, key: jax.Array) -> Any:
     The model's other variables, such as running statistics, become the mean of the clients' too.
     """
     n, steps = setup.experiment.local.clients, setup.experiment.local.steps
-    axes: tuple[str, ...] = parallel.BATCH[0]
+    axes = tuple(name for name in parallel.BATCH[0] if setup.mesh.shape[name] > 1)
     here = n // parallel.copies(setup.mesh)
     rows = setup.batch_size // n // steps
     optimizer = setup.experiment.optimizer.make()
@@ -87,11 +87,13 @@ def together(setup: "Setup", state: "State", batch: Any, key: jax.Array) -> Any:
 
     def device(before: Any, key: jax.Array, clients: Any, carry: Any, batch: Any) -> Any:
         """The clients of one device, one beside the other, and what all devices' come to."""
-        first = (jax.lax.axis_index(axes) * here + jnp.arange(here)) * rows
+        place = jax.lax.axis_index(axes) if axes else 0
+        first = (place * here + jnp.arange(here)) * rows
         own = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), (carry, batch))
         each: Any = jax.vmap(client, in_axes=(None, None, 0, 0, 0, 0))
         found, (clients, carry) = each(before, key, clients, *own, first)
-        sums = jax.lax.psum(jax.tree.map(lambda x: x.sum(0), found), axes)
+        sums = jax.tree.map(lambda x: x.sum(0), found)
+        sums = jax.lax.psum(sums, axes) if axes else sums
         return sums, clients, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
 
     same, split = P(), P(axes)

@@ -5,7 +5,6 @@ import functools
 import inspect
 import itertools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -304,9 +303,12 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     if experiment.precision != "float32":
         compute_in(model, jnp.dtype(experiment.precision))
-    for field in ("optimizer", "local.outer"):
+    for field, optimizer in (
+        ("optimizer", experiment.optimizer),
+        ("local.outer", experiment.outer),
+    ):
         try:
-            operator.attrgetter(field)(experiment).check(variables(model)[0])
+            optimizer.check(variables(model)[0])
         except ValueError as error:
             raise UserError(f"{field}: {error}") from None
     _check_local(experiment, batch_size, mesh)

@@ -23,13 +23,19 @@ def ids(path):
     return path.stem
 
 
+def rows(e):
+    """The fewest that a step of every client is of a row, and 8 at least."""
+    return max(8, e.local.clients * e.local.steps)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_one_shrunken_step(path):
     whole = command.load(path)
-    setup = prepared(dataclasses.replace(whole, steps=1, batch_size=8), jax.devices()[:1])
+    size = rows(whole)
+    setup = prepared(dataclasses.replace(whole, steps=1, batch_size=size), jax.devices()[:1])
     state = setup.initial()
     before = jax.device_get(state.params)
-    batch = parallel.put(setup.splits["train"].batch(0, 8, 0), setup.mesh)
+    batch = parallel.put(setup.splits["train"].batch(0, size, 0), setup.mesh)
     state, metrics = setup.step()(state, batch, setup.root)
     assert math.isfinite(metrics["loss"].total)
     # A warm-up may begin at a rate of zero: the second step moves every parameter then.
@@ -58,11 +64,14 @@ def test_every_flop_of_its_step_is_accounted_for(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_its_model_flops_are_the_same_on_every_mesh(path):
-    whole = dataclasses.replace(command.load(path), batch_size=8, eval_batch_size=None)
+    whole = command.load(path)
+    whole = dataclasses.replace(whole, batch_size=rows(whole), eval_batch_size=None)
     counts = []
-    for fsdp, devices in ((1, 1), (1, 8), (4, 8), (8, 8)):
-        split = dataclasses.replace(whole, parallel=parallel.Parallel(fsdp=fsdp))
-        setup = prepared(split, jax.devices()[:devices])
+    # A device has whole clients.
+    split = () if whole.local.active else ((4, 8), (8, 8))
+    for fsdp, devices in ((1, 1), (1, 8), *split):
+        spread = dataclasses.replace(whole, parallel=parallel.Parallel(fsdp=fsdp))
+        setup = prepared(spread, jax.devices()[:devices])
         counts.append(compute.count(setup.step().trace(*setup.abstract_example())))
     assert counts == counts[:1] * len(counts)
 

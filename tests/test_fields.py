@@ -158,7 +158,7 @@ ENCODER = EncoderConfig(classes=3, vocab=7, context=8, layers=1, heads=2, width=
 GROUP = Group(match="layers/0", multiplier=0.5, update=Optax("sgd", {"learning_rate": 0.1}))
 POINTS = {name: dict(split.rows) for name, split in tiny.Points().load().items()}
 CHANGED = Classify(augment=Augment(crop=1, flip=True, operations=1, cutout=3))
-CLIENTS = Local(clients=2, steps=2)
+CLIENTS = Local(clients=8, steps=2)
 SHARES = Shares(data=tiny.Points(), clients=2, alpha=0.5)
 FOLDER = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -202,8 +202,7 @@ BASES: dict[str, tuple[Experiment, str]] = {
         ),
         "data",
     ),
-    "local": (tiny.mlp(batch_size=32, local=CLIENTS), "local.clients"),
-    "outer": (tiny.mlp(batch_size=32, local=CLIENTS), "local.outer.update"),
+    "local": (tiny.mlp(batch_size=32, local=CLIENTS), "local"),
     "shares": (tiny.mlp(data=SHARES), "data"),
     "groups": (tiny.mlp(optimizer=dataclasses.replace(tiny.ADAMW, groups=(GROUP,))), "optimizer"),
 }
@@ -270,6 +269,8 @@ MADE: dict[type, Callable[[Experiment], Any]] = {
 """One of each class that a field may hold instead of None, or add to a tuple."""
 
 VALUES: dict[str, Callable[[Experiment], Any]] = {
+    "Local.clients": lambda e: [8, 16],
+    "Local.steps": lambda e: [4],
     "Experiment.eval_batch_size": lambda e: [8],
     "TFDS.name": lambda e: ["ergon_others"],
     "TFDS.data_dir": lambda e: ["nowhere"],
@@ -445,6 +446,7 @@ REFUSES = {
     "Parallel.data",
     "Parallel.context",
     "Parallel.pipeline",
+    "Parallel.microbatches",
     "TFDS.data_dir",
     "FilesOrTFDS.data_dir",
     "Table.max_categories",
@@ -699,6 +701,8 @@ def finding(e: Experiment, path: str) -> str | None:
     """What is wrong with a field, in a line; None: it is read."""
     beside = entry(BESIDE, e, path) or {}
     e = put_all(e, beside(e, owner(e, path)[0]) if callable(beside) else beside)
+    if path.startswith("local.") and path != "local.clients":
+        e = put_all(e, {"local.clients": 8, "batch_size": 32})
     prepared(e)
     kind, along = entry(TOGETHER, e, path) or (None, lambda changed: {})
     if kind is None and path.split(".")[0] in LATE:

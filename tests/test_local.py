@@ -12,12 +12,12 @@ import tiny
 from research import UserError, compute
 from research.data.shares import Shares, deal
 from research.local import Local
-from research.optim import Optax, Optimizer
+from research.optim import Optax
 from research.parallel import Parallel
 from research.setup import prepare
 
 NESTEROV = {"learning_rate": 0.7, "momentum": 0.9, "nesterov": True}
-DILOCO = Optimizer(update=Optax("sgd", NESTEROV))
+DILOCO = Optax("sgd", NESTEROV)
 
 
 def trained(e, devices, steps=3):
