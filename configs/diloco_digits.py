@@ -6,8 +6,8 @@
 
 Each makes four steps of AdamW on digits of its own, most of them of a class or two, and then they
 put together what they have learnt (DiLoCo, Douillard et al. 2023). Five seeds: test accuracy 96.7%,
-96.1%, 96.7%, 94.4%, 95.6%; mean 95.9, standard deviation 0.9; target 93%. One run takes 12 s on 2 CPU
-cores, 2 s of it in its 256 rounds.
+96.1%, 96.7%, 94.4%, 95.6%; mean 95.9, standard deviation 0.9; target 93%. One run takes 12 s on 2
+CPU cores, 2 s of it in its 256 rounds.
 """
 
 from research.data.bundled import Digits
