@@ -57,6 +57,14 @@ FAMILIES = {
 }
 
 
+def unless_slow(*names):
+    """Layers one by one say what a scan of them says, and take long to compile."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "transformer" else [])
+        for name in names
+    ]
+
+
 def compiled(name, target, accumulate=1, **spread):
     """The set-up on four devices, and the program of its step."""
     return made(name, target, Parallel(**{"data": 1} | spread), accumulate)
@@ -125,7 +133,7 @@ SCALARS = range(3 * 4, 6 * 4)
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", unless_slow(*FAMILIES))
 def test_data_parallel_sums_each_gradient_once(name, target):
     setup, program = compiled(name, target, data=4)
     found = sent(program)
@@ -134,7 +142,7 @@ def test_data_parallel_sums_each_gradient_once(name, target):
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("name", ["mlp", "lstm", "transformer", "scanned"])
+@pytest.mark.parametrize("name", unless_slow("mlp", "lstm", "transformer", "scanned"))
 def test_parts_of_a_batch_are_added_up_once(name, target):
     """Where a tied table's two gradients are added before they are sent; on either axis."""
     setup, program = compiled(name, target, accumulate=2, replica=2, data=2)
@@ -156,7 +164,7 @@ def test_split_parameters_gradients_are_scattered_once_a_part(target):
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", unless_slow(*FAMILIES))
 def test_fsdp_gathers_each_parameter_twice_and_scatters_its_gradient(name, target):
     setup, program = compiled(name, target, fsdp=4)
     found = sent(program)
@@ -186,7 +194,7 @@ def test_fsdp_gathers_each_parameter_twice_and_scatters_its_gradient(name, targe
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", unless_slow(*FAMILIES))
 def test_tensor_parallel_sums_gradients_of_parts(name, target):
     setup, program = compiled(name, target, data=2, tensor=2)
     found = sent(program)
@@ -198,7 +206,7 @@ def test_tensor_parallel_sums_gradients_of_parts(name, target):
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("name", ["transformer", "scanned"])
+@pytest.mark.parametrize("name", unless_slow("transformer", "scanned"))
 @pytest.mark.parametrize("spread", [{"tensor": 4}, {"data": 2, "tensor": 2}])
 def test_a_transformers_heads_and_units_add_up_four_times_a_layer(name, spread, target):
     """After attention and after the units, forward and backward (Shoeybi et al. 2019); and once for
@@ -216,7 +224,7 @@ def test_a_transformers_heads_and_units_add_up_four_times_a_layer(name, spread, 
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("name", ["transformer", "scanned"])
+@pytest.mark.parametrize("name", unless_slow("transformer", "scanned"))
 def test_keys_and_values_go_round_a_ring(name, target):
     """To the next of four devices three times, forward and backward; their gradients, which come
     home, four times. Nothing besides but the sum of gradients."""
@@ -273,7 +281,7 @@ def test_an_lstms_units_exchange_states(target):
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
-@pytest.mark.parametrize("name", ["lstm", "transformer", "scanned"])
+@pytest.mark.parametrize("name", unless_slow("lstm", "transformer", "scanned"))
 def test_a_devices_parameters_and_moments_are_its_share(name, target):
     held = {}
     for fsdp in (1, 2, 4):
