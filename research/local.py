@@ -59,7 +59,7 @@ def together(setup: "Setup", state: "State", batch: Any, key: jax.Array) -> Any:
     The model's other variables, such as running statistics, become the mean of the clients' too.
     """
     n, steps = setup.experiment.local.clients, setup.experiment.local.steps
-    axes = tuple(name for name in parallel.BATCH[0] if setup.mesh.shape[name] > 1)
+    axes = parallel.row_axes(setup.mesh)
     here = n // parallel.copies(setup.mesh)
     rows = setup.batch_size // n // steps
     optimizer = setup.experiment.optimizer.make()

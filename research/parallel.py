@@ -165,14 +165,24 @@ def copies(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH[0])
 
 
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Axes of more than one device over which rows are split."""
+    return tuple(name for name in BATCH[0] if mesh.shape[name] > 1)
+
+
+def nearest(size: int, parts: int) -> int:
+    """The number that so many parts divide, above 0, nearest to a size."""
+    return max(round(size / parts), 1) * parts
+
+
 def check_divides(field: str, size: int, parts: int) -> None:
     """Raises UserError where the rows of a batch do not divide over so many devices."""
     if size % parts:
-        near = size // parts * parts
-        nearest = [n for n in (near, near + parts) if n]
+        below = size // parts * parts
+        around = [n for n in (below, below + parts) if n]
         raise UserError(
             f"{field} {size} does not divide over {parts} devices; "
-            f"nearest that do: {', '.join(map(str, nearest))}"
+            f"nearest that do: {', '.join(map(str, around))}"
         )
 
 

@@ -2,9 +2,8 @@
 
 import math
 
-import jax
-
 from research import parallel, run
+from research.init_from import flat
 from research.setup import Setup
 
 PARTS = {
@@ -26,15 +25,14 @@ def explained(setup: Setup) -> str:
     totals = []
     for part, title in PARTS.items():
         total = [0, 0]
-        leaves = jax.tree_util.tree_leaves_with_path(getattr(setup.abstract, part))
-        places = jax.tree.leaves(getattr(setup.shardings, part))
-        for (path, leaf), place in zip(leaves, places, strict=True):
+        places = flat(getattr(setup.shardings, part))
+        for name, leaf in flat(getattr(setup.abstract, part)).items():
+            place = places[name]
             shapes = leaf.shape, place.shard_shape(leaf.shape)
             held = [math.prod(shape) * leaf.dtype.itemsize for shape in shapes]
             total = [a + b for a, b in zip(total, held, strict=True)]
             if part != "params":
                 continue
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             found = parallel.placement(name, leaf.shape, sizes)
             split = [axes if sizes.get(axes, 1) > 1 else "-" for axes in place.spec]
             table.append(

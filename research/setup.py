@@ -39,6 +39,8 @@ class Setup:
     fingerprint: str
     batch_size: int
     mesh: Mesh
+    model: nnx.Module
+    """Its arrays in outline."""
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     first: Batch
@@ -77,19 +79,13 @@ class Setup:
         return sum(p.size for p in jax.tree.leaves(self.abstract.params))
 
     @functools.cached_property
-    def model(self) -> Any:
-        """The module, its arrays in outline."""
-        return nnx.eval_shape(lambda: self.experiment.model.make(nnx.Rngs(0)))
-
-    @functools.cached_property
     def axes_apart(self) -> tuple[str, ...]:
         """Axes over which copies of the model go through the parts of a batch by themselves and add
         up once, where nothing is asked of a batch as a whole; none: they add up after each part."""
         e, sizes = self.experiment, self.mesh.shape
-        axes = tuple(name for name in parallel.BATCH[0] if sizes[name] > 1)
         able = e.task.rows_apart() and only_norms_change(self.model)
         able &= sizes["fsdp"] == sizes["context"] == sizes["pipeline"] == 1
-        return axes if e.accumulate > 1 and able else ()
+        return parallel.row_axes(self.mesh) if e.accumulate > 1 and able else ()
 
     @functools.cached_property
     def in_turn(self) -> bool:
@@ -116,7 +112,7 @@ class Setup:
         step = functools.partial(train.train_step, self)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
-    def spread(self, over: Parallel, devices: Sequence[jax.Device], times: int) -> "Setup":
+    def scaled(self, over: Parallel, devices: Sequence[jax.Device], times: int) -> "Setup":
         """The same on other devices with so many times the rows, for its program alone: the rows
         are not there."""
         rows = self.batch_size * times
@@ -294,19 +290,19 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         parallel.check_divides(*heads, tensor)
     parts = experiment.accumulate * copies
     if batch_size % parts:
-        near = max(round(batch_size / parts), 1) * parts
         raise UserError(
             f"batch_size {batch_size} does not divide into accumulate = {experiment.accumulate} "
-            f"parts over {copies} devices; nearest that does: {near}"
+            f"parts over {copies} devices; "
+            f"nearest that does: {parallel.nearest(batch_size, parts)}"
         )
     first = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     if experiment.precision != "float32":
         compute_in(model, jnp.dtype(experiment.precision))
-    for field, optimizer in (
-        ("optimizer", experiment.optimizer),
-        ("local.outer", experiment.outer),
-    ):
+    optimizers = {"optimizer": experiment.optimizer}
+    if experiment.local.active:
+        optimizers["local.outer"] = experiment.outer
+    for field, optimizer in optimizers.items():
         try:
             optimizer.check(variables(model)[0])
         except ValueError as error:
@@ -337,6 +333,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         fingerprint=splits.fingerprint(data),
         batch_size=batch_size,
         mesh=mesh,
+        model=model,
         graph=nnx.graphdef(model),
         optimizer=experiment.outer.make(),
         first=first,
@@ -391,10 +388,9 @@ def _check_local(experiment: Experiment, batch_size: int, mesh: Mesh) -> None:
     parallel.check_divides("local.clients", local.clients, copies)
     parts = local.clients * local.steps
     if batch_size % parts:
-        near = max(round(batch_size / parts), 1) * parts
         raise UserError(
             f"batch_size {batch_size} does not divide into {local.steps} steps of "
-            f"{local.clients} clients; nearest that does: {near}"
+            f"{local.clients} clients; nearest that does: {parallel.nearest(batch_size, parts)}"
         )
 
 
@@ -434,10 +430,10 @@ def _check_pipeline(experiment: Experiment, model: Any, batch_size: int, mesh: M
     sizes |= {"eval_batch_size": experiment.eval_batch_size or batch_size}
     for field, size in sizes.items():
         if size % least:
-            near = max(round(size / least), 1) * least
             raise UserError(
                 f"{asked}{field} {size} does not divide into {parts} parallel.microbatches of "
-                f"rows on each of {parallel.copies(mesh)} devices; nearest that does: {near}"
+                f"rows on each of {parallel.copies(mesh)} devices; "
+                f"nearest that does: {parallel.nearest(size, least)}"
             )
 
 

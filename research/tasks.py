@@ -171,6 +171,9 @@ class _Classes(Task):
         if self.class_weights is not None and not all(w > 0 for w in self.class_weights):
             raise UserError(f"task.class_weights must be > 0, not {self.class_weights}")
 
+    def rows_apart(self) -> bool:
+        return True
+
     def balanced(self, batch: Batch) -> jax.Array:
         """The weights of losses: the examples', times those of their classes."""
         targets, weights = batch["targets"], batch["weights"]
@@ -213,9 +216,6 @@ class _CrossEntropy(_Classes):
         super().__post_init__()
         if self.gamma and self.label_smoothing:
             raise UserError("task.gamma and task.label_smoothing cannot be combined")
-
-    def rows_apart(self) -> bool:
-        return True
 
     def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
         targets, weights = batch["targets"], batch["weights"]
@@ -359,9 +359,6 @@ class NextToken(_CrossEntropy):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BinaryClassify(_Classes):
     """Cross-entropy of targets [B] in {0, 1} against one logit [B, 1] under a sigmoid, in nats."""
-
-    def rows_apart(self) -> bool:
-        return True
 
     def score(self, outputs: jax.Array, batch: Batch) -> Metrics:
         logits, targets = outputs[:, 0], batch["targets"]

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from research import compute, pipeline, train
+from research.init_from import flat
 from research.models.cnn import CNNConfig
 from research.models.lstm import LSTMConfig
 from research.models.mlp import MLPConfig
@@ -96,12 +97,8 @@ def nbytes(tree):
 
 def named(setup):
     """Parameters by name: their shape as a tree's leaf, and how they are placed."""
-    leaves = jax.tree_util.tree_leaves_with_path(setup.abstract.params)
-    places = jax.tree.leaves(setup.shardings.params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf, place)
-        for (path, leaf), place in zip(leaves, places, strict=True)
-    }
+    places = flat(setup.shardings.params)
+    return {name: (leaf, places[name]) for name, leaf in flat(setup.abstract.params).items()}
 
 
 def over(setup, axis):

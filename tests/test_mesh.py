@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import defined
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import tiny
 from flax import nnx
 
 from research import UserError, compute
+from research.init_from import flat
 from research.models.cnn import CNNConfig
 from research.models.encoder import EncoderConfig
 from research.models.recurrent import RecurrentConfig
@@ -103,17 +105,6 @@ def precisely(graph, state):
     return nnx.split(model, nnx.Param, ...)[0]
 
 
-def attention(q_BTNh, k_BSKh, v_BSKh, mask=None, is_causal=False):
-    """By its definition: JAX's has a softmax in single precision whatever it is given."""
-    groups = q_BTNh.shape[2] // k_BSKh.shape[2]
-    k_BSNh, v_BSNh = (jnp.repeat(x, groups, axis=2) for x in (k_BSKh, v_BSKh))
-    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNh, k_BSNh) / q_BTNh.shape[-1] ** 0.5
-    causal = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool)) | (not is_causal)
-    seen = causal[None, None] if mask is None else causal[None, None] & mask
-    weights_BNTS = jax.nn.softmax(jnp.where(seen, scores_BNTS, -1e30), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNh)
-
-
 def doubled(tree):
     return jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, tree)
 
@@ -134,7 +125,7 @@ def ten_steps(name, mesh, double):
         if double:
             before = doubled(before)
             setup = dataclasses.replace(setup, graph=precisely(setup.graph, before))
-            patch.setattr(jax.nn, "dot_product_attention", attention)
+            patch.setattr(jax.nn, "dot_product_attention", defined.attention)
         else:
             before = dataclasses.replace(before, opt_state=setup.optimizer.init(before.params))
         state = jax.device_put(before, setup.shardings)
@@ -280,15 +271,12 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_what_rules_split(name):
     setup = on({"fsdp": 2, "tensor": 2}, FAMILIES[name]())
-    leaves = jax.tree_util.tree_leaves_with_path(setup.abstract.params)
-    places = jax.tree.leaves(setup.shardings.params)
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): place.shard_shape(leaf.shape)
-        for (path, leaf), place in zip(leaves, places, strict=True)
-    }
+    places = flat(setup.shardings.params)
+    shapes = {name: leaf.shape for name, leaf in flat(setup.abstract.params).items()}
+    found = {name: places[name].shard_shape(shape) for name, shape in shapes.items()}
     kernels = {path.removesuffix("/kernel"): s for path, s in found.items() if "kernel" in path}
     wanted = KERNELS[name]
     assert {path: kernels[path] for path in wanted} == wanted
     # Moments are where their parameters are.
     moments = jax.tree.leaves(setup.shardings.opt_state[0][0].mu)
-    assert [m.spec for m in moments] == [p.spec for p in places]
+    assert [m.spec for m in moments] == [p.spec for p in places.values()]

@@ -65,7 +65,7 @@ def measure(
 def _row(
     e: Experiment, alpha: float | None, seeds: Sequence[int], say: Callable[[str], None]
 ) -> Row:
-    losses, accuracies, sent = [], [], 0
+    losses, accuracies = [], []
     for seed in seeds:
         say(f"alpha {alpha}, {e.local.steps} steps, seed {seed}")
         setup = prepare(dataclasses.replace(e, seed=seed))
@@ -74,8 +74,8 @@ def _row(
         metrics = found.metrics[e.eval_split]
         losses.append(metrics["loss"])
         accuracies += [metrics["accuracy"]] if "accuracy" in metrics else []
-        leaves = jax.tree.leaves((setup.abstract.params, setup.abstract.model_state))
-        sent = sum(x.size * x.dtype.itemsize for x in leaves)
+    leaves = jax.tree.leaves((setup.abstract.params, setup.abstract.model_state))
+    sent = sum(x.size * x.dtype.itemsize for x in leaves)
     return Row(
         alpha=alpha,
         steps=e.local.steps,

@@ -57,7 +57,7 @@ def measure(e: Experiment, kind: str, counts: Sequence[int], axis: Axis) -> Iter
         except ValueError as error:
             raise UserError(f"--devices: {error}") from None
         grown = dataclasses.replace(spread, **{axis: count // fixed})
-        yield _row(base.spread(grown, devices, count // fixed), kind)
+        yield _row(base.scaled(grown, devices, count // fixed), kind)
 
 
 def _row(setup: Setup, kind: str) -> Row:

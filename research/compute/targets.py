@@ -20,6 +20,8 @@ class Target(NamedTuple):
     """The module that holds the compiler."""
     torus: int
     """Dimensions of a TPU's network; 0: hosts of 8."""
+    most: int
+    """Chips of a TPU's slice whose sides are powers of 2; 0: as many hosts as are asked for."""
     topology: str
     """A TPU's name, or a GPU's description, as XLA prints it (`gpu_device_info`)."""
 
@@ -27,12 +29,13 @@ class Target(NamedTuple):
 TARGETS = {
     # TPU v5e: up to 16 x 16 chips; v5p: a three-dimensional torus, up to 16 x 16 x 24
     # (cloud.google.com/tpu/docs/v5e, /v5p; read 2026-11).
-    "v5e": Target("tpu", "libtpu", 2, "v5e"),
-    "v5p": Target("tpu", "libtpu", 3, "v5p"),
+    "v5e": Target("tpu", "libtpu", 2, 256, "v5e"),
+    "v5p": Target("tpu", "libtpu", 3, 4096, "v5p"),
     # As XLA prints it of one NVIDIA H100 80GB HBM3 (SXM).
     "h100": Target(
         "cuda",
         "jax_cuda13_plugin",
+        0,
         0,
         """
 gpu_device_info {
@@ -51,8 +54,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """,
     ),
 }
-_MOST = {"v5e": 256, "v5p": 4096}
-"""Chips of a slice whose sides are powers of 2."""
 _HOST = {
     # Beside another process that has it loaded.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -77,9 +78,8 @@ def devices(kind: str, count: int) -> list[jax.Device]:
     """
     target = TARGETS[kind]
     if target.torus:
-        most = _MOST[kind]
-        if count < 1 or count & (count - 1) or count > most:
-            raise ValueError(f"{kind}: devices are a power of 2 up to {most}, not {count}")
+        if count < 1 or count & (count - 1) or count > target.most:
+            raise ValueError(f"{kind}: devices are a power of 2 up to {target.most}, not {count}")
         found = _topology(kind, "x".join(map(str, _sides(max(count, 4), target.torus))))
     else:
         if count < 1 or (count > 8 and count % 8):
