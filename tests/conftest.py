@@ -4,8 +4,14 @@ import os
 import pathlib
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time goes into compiling programs that run for a moment: LLVM is asked for little.
+# Scripts that tests start as a user does are compiled as a user's are.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Where it is absent, tests of what needs it skip.

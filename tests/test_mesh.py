@@ -133,7 +133,7 @@ def ten_steps(name, mesh, double):
         first = next(feed)
         lowered = setup.step().lower(state, first, setup.root)
         # In two thirds of the time, which for ten small steps is all.
-        step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+        step = lowered.compile()
         losses = []
         for fed in (first, *feed):
             state, metrics = step(state, fed, setup.root)
