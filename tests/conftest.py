@@ -1,5 +1,6 @@
 """Eight CPU devices, strict shapes, warnings as errors, and real data, before jax is imported."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -24,6 +25,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# An eighth of the time: tracing makes many objects that live, which Python searches for those that
+# do not, and notes for each operation the lines of code that led to it.
+gc.set_threshold(200_000, 50, 100)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def pytest_addoption(parser):

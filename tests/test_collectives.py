@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from research import compute, pipeline, train
+from research.compute import hlo
 from research.init_from import flat
 from research.models.cnn import CNNConfig
 from research.models.lstm import LSTMConfig
@@ -21,7 +22,7 @@ from research.models.transformer import TransformerConfig
 from research.parallel import Parallel
 from research.setup import prepare
 
-VOCAB, LENGTH, WIDTH, LAYERS, HEADS, BATCH = 64, 8, 128, 2, 4, 16
+VOCAB, LENGTH, WIDTH, LAYERS, HEADS, BATCH = 64, 8, 128, 2, 4, 32
 
 
 def transformer(**fields):
@@ -72,16 +73,41 @@ def compiled(name, target, accumulate=1, **spread):
 
 
 @functools.cache
-def made(name, target, spread, accumulate):
+def built(name, target, spread, accumulate):
     devices = jax.devices()[:4] if target == "cpu" else ahead.devices(target)
-    fields = {"parallel": spread, "accumulate": accumulate}
+    fields = {"parallel": spread, "accumulate": accumulate, "batch_size": BATCH}
     setup = prepare(dataclasses.replace(FAMILIES[name](), **fields), devices)
     traced = setup.step().trace(*setup.abstract_example())
     # As users do: with less effort XLA for TPU sums an LSTM's gradients once a step of time.
-    program = traced.lower(lowering_platforms=(target,)).compile()
+    return setup, traced, traced.lower(lowering_platforms=(target,)).compile()
+
+
+@functools.cache
+def made(*given):
+    setup, traced, program = built(*given)
     found = compute.report(traced, compiled=program, mesh=setup.mesh)
     assert found.program.exact, (found.program.unknown, found.program.reasons)
     return setup, found.program
+
+
+def largest(text):
+    """Elements of the largest array that a program writes to memory: those inside of fusions it
+    does not. Left out is what XLA for GPU makes of others: several joined, of one axis, and
+    products in two parts of the axis that they sum over, which are added next."""
+    (module,) = hlo.modules(text)
+    found = [c.instructions.values() for c in module.computations.values()]
+    fused = {
+        n for each in found for i in each if i.opcode == "fusion" for n in i.computations("calls")
+    }
+    return max(
+        (leaf.size, i.name)
+        for name, c in module.computations.items()
+        if name not in fused
+        for i in c.instructions.values()
+        if not i.name.startswith("gemm_fusion")
+        for leaf in i.shape.leaves
+        if len(leaf.dims) > 1
+    )
 
 
 def sent(program):
@@ -287,6 +313,34 @@ def test_a_devices_parameters_and_moments_are_its_share(name, target):
         held[fsdp] = by["state.params"] + by["state.opt_state"]
     assert held[1] / held[2] == pytest.approx(2, rel=0.05)
     assert held[1] / held[4] == pytest.approx(4, rel=0.05)
+
+
+LAYER = 4 * WIDTH * WIDTH
+"""The largest kernel of a layer, of a Transformer's units and of an LSTM's gates."""
+UNITS = BATCH * LENGTH * 4 * WIDTH
+"""Of a layer, or of all its gates, for a whole batch."""
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+@pytest.mark.parametrize(
+    ("name", "spread", "bound"),
+    [
+        # Kernels of all layers, and their gradients, are whole; activations of four are not.
+        ("scanned", {"data": 4}, max(LAYERS * LAYER, LAYERS * UNITS // 4)),
+        # A layer's kernel is whole at a time.
+        ("scanned", {"fsdp": 4}, max(LAYER, LAYERS * UNITS // 4)),
+        ("lstm", {"fsdp": 4}, max(LAYER, UNITS // 4)),
+        ("scanned", {"data": 2, "tensor": 2}, LAYERS * max(LAYER, UNITS // 2) // 2),
+        ("scanned", {"context": 4}, max(LAYERS * LAYER, LAYERS * UNITS // 4)),
+        ("scanned", STAGED | {"microbatches": 4}, max(LAYER, 5 * UNITS // 2 // 4)),
+    ],
+    ids=str,
+)
+def test_no_array_is_larger_than_a_devices_share(name, spread, bound, target):
+    """Of parameters what a device has or gathers, of activations what its rows, its stretch or its
+    units have, kept for every layer or every tick."""
+    _, _, program = built(name, target, Parallel(**{"data": 1} | spread), 1)
+    assert largest(program.as_text()) <= (bound, "~")
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)

@@ -117,7 +117,8 @@ def start(name):
 
 @functools.cache
 def ten_steps(name, mesh, double):
-    """Losses, and the parameters after ten steps: of AdamW in float64, or of SGD in float32."""
+    """Losses, and the parameters after ten steps: of AdamW in float64, or of SGD in float32; and
+    the model FLOPs of a step as it is written for the mesh."""
     optimizer = {} if double else {"optimizer": tiny.sgd(0.1, clip_norm=1.0)}
     before = start(name)
     with jax.enable_x64(double), pytest.MonkeyPatch.context() as patch:
@@ -131,9 +132,8 @@ def ten_steps(name, mesh, double):
         state = jax.device_put(before, setup.shardings)
         feed = setup.feed(0, 10)
         first = next(feed)
-        lowered = setup.step().lower(state, first, setup.root)
-        # In two thirds of the time, which for ten small steps is all.
-        step = lowered.compile()
+        traced = setup.step().trace(state, first, setup.root)
+        step = traced.lower().compile()
         losses = []
         for fed in (first, *feed):
             state, metrics = step(state, fed, setup.root)
@@ -141,7 +141,10 @@ def ten_steps(name, mesh, double):
         assert {p.dtype for p in jax.tree.leaves(state.params)} == {
             np.dtype(float if double else np.float32)
         }
-        return np.array(losses), jax.device_get((state.params, state.model_state))
+        count = compute.count(traced)
+        assert count.exact, (count.lower, count.upper, count.unknown)
+        found = jax.device_get((state.params, state.model_state))
+        return np.array(losses), found, count.model_flops
 
 
 def within(found, wanted, tolerance):
@@ -154,37 +157,36 @@ def within(found, wanted, tolerance):
 def test_a_state_is_the_same_wherever_it_is_made(name):
     setup = on(MESHES["all"], FAMILIES[name]())
     state = setup.initial()
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), start(name))
+    # An orthogonal matrix's last bit may be another where a device makes a part of it.
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(same, jax.device_get(state), start(name))
     for array, place in zip(*map(jax.tree.leaves, (state, setup.shardings)), strict=True):
         assert array.sharding.is_equivalent_to(place, array.ndim)
 
 
 @pytest.mark.parametrize(("name", "mesh"), RUNS)
 def test_any_mesh_computes_what_one_device_does(name, mesh):
-    losses, state = ten_steps(name, tuple(SPREADS[mesh].items()), True)
-    alone, wanted = ten_steps(name, (), True)
+    losses, state, flops = ten_steps(name, tuple(SPREADS[mesh].items()), True)
+    alone, wanted, once = ten_steps(name, (), True)
     np.testing.assert_allclose(losses, alone, rtol=1e-9)
     jax.tree.map(functools.partial(within, tolerance=1e-9), state, wanted)
+    assert flops == once or mesh in SEQUENCES | STAGES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_in_single_precision_under_sgd(name):
-    losses, state = ten_steps(name, tuple(MESHES["all"].items()), False)
-    alone, wanted = ten_steps(name, (), False)
+    losses, state, _ = ten_steps(name, tuple(MESHES["all"].items()), False)
+    alone, wanted, _ = ten_steps(name, (), False)
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
     jax.tree.map(functools.partial(within, tolerance=1e-5), state, wanted)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_model_flops_are_one_integer_for_every_mesh(name):
-    counts = set()
-    meshes = {mesh for each, mesh in PAIRS if each == name}
-    for mesh in ({}, *(SPREADS[mesh] for mesh in meshes)):
-        setup = on(mesh, FAMILIES[name](accumulate=2))
-        traced = setup.reference() or setup.step().trace(*setup.abstract_example())
-        found = compute.count(traced)
-        counts.add((found.model_flops, found.exact))
-    assert len(counts) == 1
+@pytest.mark.parametrize("mesh", ["context", "pipeline"])
+def test_schedules_by_hand_count_as_the_step_on_one_device(mesh):
+    """Theirs has other products, of rounds and of a bubble."""
+    setup = on(SPREADS[mesh], tiny.transformer(steps=10, accumulate=2))
+    *_, flops = ten_steps("transformer", (), True)
+    assert compute.count(setup.reference()).model_flops == flops
 
 
 def test_heads_and_models_that_do_not_divide_are_refused():
