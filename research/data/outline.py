@@ -11,7 +11,7 @@ from research.experiment import Experiment, Source
 
 
 @runtime_checkable
-class Outlined(Protocol):
+class HasOutline(Protocol):
     """A source that can say, unread, what its batches are like."""
 
     def outline(self, rows: int) -> Splits | None:
@@ -29,7 +29,7 @@ class Outline:
     """Of a batch."""
 
     def load(self) -> Mapping[str, Any]:
-        found = self.data.outline(self.rows) if isinstance(self.data, Outlined) else None
+        found = self.data.outline(self.rows) if isinstance(self.data, HasOutline) else None
         return self.data.load() if found is None else found
 
 

@@ -76,7 +76,11 @@ class TFDS(Checked):
         return Splits(found, {}, bad.notes())
 
     def outline(self, rows: int) -> Splits | None:
-        """As `research.data.outline` has it: of images of `size`, in colour, and one label."""
+        """As `research.data.outline` has it: of images of `size`, in colour, and one label.
+
+        They are as if kept decoded. Of a larger set than `cache_gb` batches of less than 512 KiB
+        go to the devices one by one, where these go many at once.
+        """
         if self.size is None or self.targets is not None:
             return None
         found = {"inputs": zeros(np.uint8, rows, *self.size, 3), "targets": zeros(np.int32, rows)}
