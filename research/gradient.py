@@ -42,7 +42,10 @@ def loss_of(setup: "Setup", settle: modules.Settle | None, weighted: bool) -> An
         loss += e.optimizer.penalty(params)
         return loss * metrics["loss"].weight if weighted else loss, (metrics, model_state, carry)
 
-    if setup.mesh.shape["fsdp"] > 1:
+    # Layers that are recomputed gather anew by that. Around them this policy would replace theirs,
+    # as JAX has it of one within another, and all that they leave out would be kept.
+    recomputed = getattr(setup.model, "remat", "none") != "none"
+    if setup.mesh.shape["fsdp"] > 1 and not recomputed:
         return jax.checkpoint(loss, policy=modules.keep)
     return loss
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from research import UserError, evaluate, parallel, record, train
 from research.data import splits
+from research.data.outline import Outline
 from research.data.splits import Batch
 from research.evaluate import Report
 from research.experiment import AVERAGED, Experiment, Source, did_you_mean, value
@@ -36,7 +37,6 @@ class Setup:
     """Texts that a run keeps beside its config, by name: the data's vocabulary, or its scales."""
     notes: Sequence[str]
     """What the log says of the data."""
-    fingerprint: str
     batch_size: int
     mesh: Mesh
     model: nnx.Module
@@ -45,6 +45,11 @@ class Setup:
     optimizer: optax.GradientTransformation
     first: Batch
     """Batch 0 of training, of all processes, in the host's memory."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the data."""
+        return splits.fingerprint(self.splits)
 
     @functools.cached_property
     def root(self) -> jax.Array:
@@ -330,7 +335,6 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         splits=data,
         files=getattr(data, "files", {}),
         notes=getattr(data, "notes", ()),
-        fingerprint=splits.fingerprint(data),
         batch_size=batch_size,
         mesh=mesh,
         model=model,
@@ -472,6 +476,7 @@ def _check_direction(experiment: Experiment, carries: bool) -> None:
 
 def _alone(data: Source) -> str:
     """The setting by which rows do not continue from batch to batch."""
+    data = data.data if isinstance(data, Outline) else data
     return "data.rows to windows" if hasattr(data, "rows") else "data.stream to False"
 
 

@@ -57,6 +57,7 @@ FAMILIES = {
     "transformer": transformer,
     "scanned": lambda: transformer(scan=True),
 }
+RECOMPUTED = functools.partial(transformer, scan=True, remat="full")
 
 
 def unless_slow(*names):
@@ -76,7 +77,8 @@ def compiled(name, target, accumulate=1, **spread):
 def built(name, target, spread, accumulate):
     devices = jax.devices()[:4] if target == "cpu" else ahead.devices(target)
     fields = {"parallel": spread, "accumulate": accumulate, "batch_size": BATCH}
-    setup = prepare(dataclasses.replace(FAMILIES[name](), **fields), devices)
+    family = RECOMPUTED if name == "recomputed" else FAMILIES[name]
+    setup = prepare(dataclasses.replace(family(), **fields), devices)
     traced = setup.step().trace(*setup.abstract_example())
     # As users do: with less effort XLA for TPU sums an LSTM's gradients once a step of time.
     return setup, traced, traced.lower(lowering_platforms=(target,)).compile()
@@ -214,6 +216,15 @@ def test_fsdp_gathers_each_parameter_twice_and_scatters_its_gradient(name, targe
     allowed = nbytes(small) * (target == "tpu") + 4 * len(split) + max(SCALARS)
     assert 0 <= reduced - gradients - statistic <= allowed
     assert found["reduce-scatter", "fsdp"] >= nbytes(split) - nbytes(small)
+
+
+@pytest.mark.parametrize("target", ["tpu", pytest.param("cuda", marks=pytest.mark.slow)])
+def test_recomputed_layers_are_so_where_fsdp_splits_them_and_gather_no_more(target):
+    setup, program = compiled("recomputed", target, fsdp=4)
+    written = compute.count(setup.step().trace(*setup.abstract_example()))
+    assert written.by_phase["recompute"] > written.by_phase["forward"] / 3
+    assert 4 * program.matmul_flops == written.matmul_flops
+    assert sent(program)["all-gather", "fsdp"] <= 2 * nbytes(over(setup, "fsdp"))
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)

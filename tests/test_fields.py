@@ -53,6 +53,7 @@ from research.data.arrays import Arrays
 from research.data.bad import Bad
 from research.data.bundled import PythonReference
 from research.data.cells import Cells
+from research.data.outline import Outline
 from research.data.packed import Packed
 from research.data.shares import Dealt, Shares
 from research.data.splits import Examples, Lazy, Streams, Windows
@@ -809,6 +810,7 @@ HELD = {
     Windows,
     Streams,
     Packed,
+    Outline,
     init_from.Loaded,
     Bad,
     Cells,

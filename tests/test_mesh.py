@@ -49,6 +49,11 @@ def cnn(**fields):
     return tiny.mlp(model=model, data=tiny.Images(), **fields)
 
 
+def recomputed(remat="full", **fields):
+    model = dataclasses.replace(tiny.transformer().model, remat=remat)
+    return tiny.transformer(model=model, **fields)
+
+
 FAMILIES = {
     "mlp": tiny.mlp,
     "cnn": cnn,
@@ -87,6 +92,7 @@ PAIRS = [
     *((name, mesh) for name in ("transformer", "packed") for mesh in STAGES),
 ]
 RUNS = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] == "all" else []) for pair in PAIRS]
+RUNS.append(pytest.param("recomputed", "fsdp", marks=pytest.mark.slow))
 
 
 def on(mesh, e):
@@ -109,10 +115,14 @@ def doubled(tree):
     return jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, tree)
 
 
+def family(name):
+    return recomputed if name == "recomputed" else FAMILIES[name]
+
+
 @functools.cache
 def start(name):
     """The state before the first step."""
-    return jax.device_get(on({}, FAMILIES[name]()).initial())
+    return jax.device_get(on({}, family(name)()).initial())
 
 
 @functools.cache
@@ -122,7 +132,7 @@ def ten_steps(name, mesh, double):
     optimizer = {} if double else {"optimizer": tiny.sgd(0.1, clip_norm=1.0)}
     before = start(name)
     with jax.enable_x64(double), pytest.MonkeyPatch.context() as patch:
-        setup = on(dict(mesh), FAMILIES[name](steps=10, accumulate=2, **optimizer))
+        setup = on(dict(mesh), family(name)(steps=10, accumulate=2, **optimizer))
         if double:
             before = doubled(before)
             setup = dataclasses.replace(setup, graph=precisely(setup.graph, before))
@@ -187,6 +197,19 @@ def test_schedules_by_hand_count_as_the_step_on_one_device(mesh):
     setup = on(SPREADS[mesh], tiny.transformer(steps=10, accumulate=2))
     *_, flops = ten_steps("transformer", (), True)
     assert compute.count(setup.reference()).model_flops == flops
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_layers_are_recomputed_as_they_are_on_one_device(remat):
+    def count(mesh, remat=remat):
+        setup = on(mesh, recomputed(remat))
+        return compute.count(setup.step().trace(*setup.abstract_example()))
+
+    alone, kept = count({}), count({}, "none")
+    assert alone.transcendentals > kept.transcendentals
+    assert ("recompute" in alone.by_phase) == (remat == "full")
+    for mesh in ("data", "fsdp", "data, fsdp", "fsdp, tensor"):
+        assert count(MESHES[mesh]) == alone, mesh
 
 
 def test_heads_and_models_that_do_not_divide_are_refused():

@@ -24,6 +24,7 @@ from research.bench import (
     optimizers,
     reading,
     scaling,
+    throughput,
 )
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
@@ -34,7 +35,7 @@ USAGE = (
     "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
     "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
-    "scaling CONFIG [--kind KIND] [--devices N ...]}"
+    "scaling CONFIG [--kind KIND] [--devices N ...], published [--json FILE]}"
 )
 
 
@@ -347,6 +348,19 @@ def the_scaling(argv: list[str]) -> None:
     print(scaling.table(rows))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    json: Path | None = None
+    """Also write the figures, and their sources, to this file."""
+
+
+def the_published(argv: list[str]) -> None:
+    options = command.parse(Published, USAGE, argv)
+    rows = list(throughput.measure())
+    print(throughput.table(rows))
+    command.write_json(options.json, [row.to_json() for row in rows])
+
+
 KINDS = {
     "ngram": ngrams,
     "bayes": naive_bayes,
@@ -357,5 +371,6 @@ KINDS = {
     "optimizers": the_optimizers,
     "clients": the_clients,
     "scaling": the_scaling,
+    "published": the_published,
     "linear": baselines,
 }

@@ -12,6 +12,7 @@ import jax
 
 from research import UserError, compute
 from research.compute import targets
+from research.data.outline import outlined
 from research.experiment import Experiment
 from research.parallel import Parallel
 from research.setup import Setup, prepare
@@ -50,7 +51,8 @@ def measure(e: Experiment, kind: str, counts: Sequence[int], axis: Axis) -> Iter
     for count in counts:
         if count % fixed:
             raise UserError(f"--devices {count} does not divide by the other axes' {fixed}")
-    base = prepare(dataclasses.replace(e, parallel=Parallel(data=1)), jax.devices()[:1])
+    alone = dataclasses.replace(e, parallel=Parallel(data=1))
+    base = prepare(outlined(alone), jax.devices()[:1])
     for count in counts:
         try:
             devices = targets.devices(kind, count)
@@ -81,14 +83,14 @@ def _row(setup: Setup, kind: str) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        f"{'devices':>8}{'FLOPs':>16}{'memory, MB':>12}{'sent, bytes':>14}{'messages':>10}  "
+        f"{'devices':>8}{'FLOPs':>26}{'memory, MB':>12}{'sent, bytes':>18}{'messages':>10}  "
         "of which sent by"
     ]
     for row in rows:
         memory = "-" if row.memory is None else f"{row.memory / 1e6:.1f}"
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(row.kinds.items())) or "-"
         lines.append(
-            f"{row.devices:8,}{row.flops:16,}{memory:>12}{row.sent:14,}"
+            f"{row.devices:8,}{row.flops:26,}{memory:>12}{row.sent:18,}"
             f"{row.messages:10,}  {kinds}  {row.qualifier}"
         )
     return "\n".join(lines)

@@ -178,6 +178,11 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
     return digest.hexdigest()
 
 
+def zeros(dtype: Any, *shape: int) -> np.ndarray:
+    """An array of zeros of which one is in memory, to be read alone."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
 def padded(index: np.ndarray, i: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Batch i of an index, the first of it repeated where it ends; and what is padding."""
     places = np.arange(i * batch_size, (i + 1) * batch_size)

@@ -16,7 +16,7 @@ from research import UserError
 from research.data import cells, files, packed
 from research.data.bad import Bad
 from research.data.cells import Cells
-from research.data.splits import Examples, Split, Splits, Streams, Windows
+from research.data.splits import Examples, Split, Splits, Streams, Windows, zeros
 from research.data.tfds import FilesOrTFDS, Texts, read_table
 from research.data.tokens import (
     BPE,
@@ -96,6 +96,22 @@ class Text(FilesOrTFDS):
         names = [name for name in ("train", "validation", "test") if name in arrays]
         splits: dict[str, Split] = {name: self._split(arrays, name) for name in names}
         return Splits(splits, {"tokenizer.json": tokenizer}, notes)
+
+    def outline(self, rows: int) -> Splits:
+        """As `research.data.outline` has it."""
+        row = self.length + 1  # of which the first is in no target
+        tokens = zeros(np.uint8, rows * row)
+        arrays = {"": tokens}
+        if self.on_bad == "skip":
+            arrays[".bad"] = zeros(bool, len(tokens))
+        if self.rows == "packed":
+            index = packed.index(np.arange(rows + 1) * row, self.length)
+            arrays |= {f".{key}": array for key, array in index.items()}
+        names = ["train", "validation", *(["test"] if self.test else [])]
+        return Splits(
+            {name: self._split({name + k: v for k, v in arrays.items()}, name) for name in names},
+            {},
+        )
 
     def _texts(self, split: str) -> Texts:
         return Texts(self.tfds or "", self.data_dir, split, self.feature)
@@ -195,6 +211,15 @@ class LabelledText(FilesOrTFDS):
         words = Words.of(good, (PADDING, UNKNOWN), self.vocab, self.min_count, self.lower)
         parts = {name: self._encoded(given, words) for name, given in rows.items()}
         return Splits(parts, {"tokenizer.json": dumps(words)}, bad.notes())
+
+    def outline(self, rows: int) -> Splits:
+        """As `research.data.outline` has it."""
+        found = {"inputs": zeros(np.int32, rows, self.length)}
+        found |= {name: zeros(np.int32, rows) for name in ("lengths", "targets")}
+        if self.on_bad == "skip":
+            found["bad"] = zeros(bool, rows)
+        names = ["train", "validation", *(["test"] if self.test else [])]
+        return Splits({name: Examples(found) for name in names}, {})
 
     def rows(self, bad: Bad) -> dict[str, list[tuple[str, int | None]]]:
         """Texts and labels by split, in the files' order; a bad row has no label."""

@@ -24,7 +24,7 @@ from research import UserError
 from research.data import files
 from research.data.bad import Bad, Checked
 from research.data.cells import Cells, Named, Places, require, text
-from research.data.splits import Batch, Examples, Shuffled, Split, Splits
+from research.data.splits import Batch, Examples, Shuffled, Split, Splits, zeros
 
 Size = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
 Path = tuple[str, ...]
@@ -74,6 +74,20 @@ class TFDS(Checked):
             if rows is not None:
                 found[name] = _split(_Rows(builder, rows, features, self.size), self, bad)
         return Splits(found, {}, bad.notes())
+
+    def outline(self, rows: int) -> Splits | None:
+        """As `research.data.outline` has it: of images of `size`, in colour, and one label.
+
+        They are as if kept decoded. Of a larger set than `cache_gb` batches of less than 512 KiB
+        go to the devices one by one, where these go many at once.
+        """
+        if self.size is None or self.targets is not None:
+            return None
+        found = {"inputs": zeros(np.uint8, rows, *self.size, 3), "targets": zeros(np.int32, rows)}
+        if self.on_bad == "skip":
+            found["bad"] = zeros(bool, rows)
+        asked = {"train": self.train, "validation": self.validation, "test": self.test}
+        return Splits({name: Examples(found) for name, rows in asked.items() if rows}, {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
