@@ -15,11 +15,12 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import jax
 import tyro
+from tqdm import tqdm
 
 from research import UserError, hosts
 from research import experiment as experiments
@@ -131,7 +132,7 @@ def parse(options: type[T], usage: str, argv: Sequence[str] | None = None) -> T:
                 default=default,
                 description=usage,
                 config=flags,
-                registry=_narrowed(),
+                registry=_narrowed(typing.get_type_hints(options)),
                 use_underscores=True,
             )
     except SystemExit as error:
@@ -142,10 +143,11 @@ def parse(options: type[T], usage: str, argv: Sequence[str] | None = None) -> T:
         fail(" ".join(str(error).split()))
 
 
-def _narrowed() -> tyro.constructors.ConstructorRegistry:
+def _narrowed(taken: Collection[str]) -> tyro.constructors.ConstructorRegistry:
     """Has tyro read a field that may be of several classes as of the one that the config has.
 
     Itself it makes subcommands of `float | Optax`, and knows only the classes that are named.
+    taken: options of a script, by whose names an experiment's fields cannot be set.
     """
     registry = tyro.constructors.ConstructorRegistry()
     asking: list[Any] = []
@@ -162,6 +164,12 @@ def _narrowed() -> tyro.constructors.ConstructorRegistry:
         if not isinstance(spec, tyro.constructors.StructConstructorSpec):
             return spec
         fields = [dataclasses.replace(f, type=_of(f.type, f.default)) for f in spec.fields]
+        if info.type is Experiment:
+            hidden: Any = tyro.conf.Suppress
+            fields = [
+                dataclasses.replace(f, type=hidden[f.type]) if f.name in taken else f
+                for f in fields
+            ]
         return dataclasses.replace(spec, fields=tuple(fields))
 
     return registry
@@ -236,6 +244,20 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and (absent := hosts.gone()):
             fail(f"{absent}: {first}")
         hosts.failed(first, 1, traceback.format_exc())
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str) -> Iterator[tuple[tqdm, Callable[[str], None]]]:
+    """A bar on a terminal, and what says beside it, or in lines elsewhere, what is at work."""
+    with tqdm(total=total, disable=not sys.stderr.isatty(), unit=unit) as bar:
+
+        def say(line: str) -> None:
+            if bar.disable:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                bar.set_postfix_str(line)
+
+        yield bar, say
 
 
 def write_json(path: pathlib.Path | None, value: Any) -> None:

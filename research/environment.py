@@ -18,13 +18,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "platform": platform.platform(),
         "processes": jax.process_count(),
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
         "flags": {name: os.environ.get(name) for name in flags.VARIABLES},
         "revision": revision(),
     }
+
+
+def versions(*more: str) -> dict[str, str | None]:
+    """Of the packages that numbers depend on; None: it is not installed."""
+    return {name: _version(name) for name in (*PACKAGES, *more)}
 
 
 def _version(package: str) -> str | None:

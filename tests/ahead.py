@@ -14,7 +14,7 @@ def devices(target, count=4):
     kind = KINDS[target]
     if not targets.installed(kind):
         pytest.skip(f"{targets.TARGETS[kind].package}, the compiler, is not installed")
-    return targets.devices(kind, count)
+    return targets.devices(targets.place(f"{kind}:{count}"))
 
 
 def compile(traced, target):

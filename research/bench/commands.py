@@ -1,15 +1,13 @@
 """The measurements of scripts/benchmark.py: options, and what is printed."""
 
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import tyro
-from tqdm import tqdm
 
 from research import UserError, command, plot, run
 from research.bench import (
@@ -37,20 +35,6 @@ USAGE = (
     "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
     "scaling CONFIG [--kind KIND] [--devices N ...], published [--json FILE]}"
 )
-
-
-@contextlib.contextmanager
-def _progress(total: int, unit: str) -> Iterator[tuple[tqdm, Callable[[str], None]]]:
-    """A bar on a terminal, and what says beside it, or in lines elsewhere, what is at work."""
-    with tqdm(total=total, disable=not sys.stderr.isatty(), unit=unit) as bar:
-
-        def say(line: str) -> None:
-            if bar.disable:
-                print(line, file=sys.stderr, flush=True)
-            else:
-                bar.set_postfix_str(line)
-
-        yield bar, say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,7 +282,7 @@ def the_optimizers(argv: list[str]) -> None:
             config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         total = len(models) * len(methods.METHODS)
-        with _progress(total, "optimizer") as (bar, say):
+        with command.progress(total, "optimizer") as (bar, say):
             for name, base in bases.items():
                 found[name] = []
                 for row in optimizers.measure(name, base, options.workdir, methods.METHODS, say):
@@ -323,7 +307,7 @@ def the_clients(argv: list[str]) -> None:
     with command.one_line_errors():
         total = 2 * len(options.every) * len(options.seeds)
         rows = []
-        with _progress(total, "run") as (bar, say):
+        with command.progress(total, "run") as (bar, say):
             for row in clients.measure(options.experiment, options.every, options.seeds, say):
                 rows.append(row)
                 bar.update(len(options.seeds))

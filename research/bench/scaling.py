@@ -55,7 +55,7 @@ def measure(e: Experiment, kind: str, counts: Sequence[int], axis: Axis) -> Iter
     base = prepare(outlined(alone), jax.devices()[:1])
     for count in counts:
         try:
-            devices = targets.devices(kind, count)
+            devices = targets.devices(targets.place(f"{kind}:{count}"))
         except ValueError as error:
             raise UserError(f"--devices: {error}") from None
         grown = dataclasses.replace(spread, **{axis: count // fixed})
