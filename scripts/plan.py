@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from annotated_types import Ge, Gt
 
@@ -49,6 +50,8 @@ def main() -> None:
     e = options.experiment
     with command.one_line_errors():
         if options.here is not None:
+            # JAX keeps programs for devices that are not there, and cannot read them.
+            jax.config.update("jax_enable_compilation_cache", False)
             row = plan.answer(e, planning.place(options.here), options.tries, options.search)
             print(jsons.dumps(row.json()))
             return
