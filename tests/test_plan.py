@@ -111,22 +111,9 @@ def test_what_is_no_refusal_is_none():
     assert plan.exhausted("RESOURCE_EXHAUSTED: otherwise put").over is None
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """`plan.compiled`, which makes each program once: they cannot be read back from JAX's cache."""
-    kept, compile = {}, plan.compiled
-
-    def once(e, where):
-        key = repr((e, targets.TARGETS[where.kind]))
-        if key not in kept:
-            kept[key] = compile(e, where)
-        return kept[key]
-
-    monkeypatch.setattr(plan, "compiled", once)
-    return once
-
-
-def test_what_would_fit_is_found_by_trying(compiled, monkeypatch):
+# JAX keeps programs for devices that are not there, and cannot read them when they come again.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+def test_what_would_fit_is_found_by_trying(monkeypatch):
     """Of a GPU that has two thirds of what the step asks for besides its state."""
     given = ahead.devices("cuda", 2)
     monkeypatch.setattr(targets, "devices", lambda _: given)
@@ -138,12 +125,12 @@ def test_what_would_fit_is_found_by_trying(compiled, monkeypatch):
     row = plan.answer(e, where, tries=3)
     assert row.status == "does not fit"
     assert row.memory.over == row.memory.needed - row.memory.usable > 0
-    found = compiled(plan.changed(outlined(e), row.fits_with), where)
+    found = plan.compiled(plan.changed(outlined(e), row.fits_with), where)
     assert (found.status, found.model_flops) == ("ok", row.model_flops)
     best = plan.answer(e, where, tries=3, search=4)
     assert best.status == "ok"
     assert best.step_seconds["value"] <= found.step_seconds["value"]
-    assert compiled(plan.changed(outlined(e), best.settings), where).memory == best.memory
+    assert plan.compiled(plan.changed(outlined(e), best.settings), where).memory == best.memory
 
 
 def test_changes_reach_inner_fields():
