@@ -293,7 +293,7 @@ class Bench:
         e = setup.experiment
         target = e.target
         assert target is not None  # every family has one
-        runs = []
+        runs: list[list[dict[str, Any]]] = []
         while len(runs) < RUNS and sum(rows[-1]["seconds"] for rows in runs) < RUN:
             runs.append(_trained(setup))
         evaluated = [[row for row in rows if row["split"] == target.split] for rows in runs]

@@ -49,6 +49,16 @@ def ends(name: str, figure: Figure) -> str:
     return f"{number(name, figure.low)} to {number(name, figure.high)}"
 
 
+def times(ratio: Figure) -> str:
+    return "-" if ratio.value is None else f"{ratio.value:.3g}x"
+
+
+def times_ends(ratio: Figure) -> str:
+    if ratio.low is None or ratio.high is None:
+        return ""
+    return f"{ratio.low:.3g} to {ratio.high:.3g}"
+
+
 def table(result: Result) -> str:
     """Of one machine, as text."""
     head = (
