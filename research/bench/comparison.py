@@ -58,6 +58,8 @@ class Comparison:
         drawn, reason = self._drawn(machine, model)
         if drawn is None:
             return unavailable(reason)
+        if machine == self.baseline:
+            return _SELF
         return _ratio(drawn, "the baseline's median step over this one's")
 
     def overall(self, machine: str) -> Figure:
@@ -66,10 +68,16 @@ class Comparison:
         drawn = {model: found for model, found in every.items() if found is not None}
         if not drawn:
             return unavailable("no model has a time on both machines")
+        if machine == self.baseline:
+            return _SELF
         mean = np.exp(np.mean([np.log(found) for found in drawn.values()], axis=0))
-        left = [model for model in every if model not in drawn]
+        left = self.left_out(machine)
         how = f"geometric mean over {', '.join(drawn)}"
         return _ratio(mean, how + (f"; without {', '.join(left)}" if left else ""))
+
+    def left_out(self, machine: str) -> list[str]:
+        """Models without a ratio."""
+        return [model for model in self.models if self._drawn(machine, model)[0] is None]
 
     def _drawn(self, machine: str, model: str) -> tuple[np.ndarray | None, str]:
         """Ratios, first of the rounds as measured and then of draws from them; or why not."""
@@ -86,8 +94,6 @@ class Comparison:
                 None,
                 f"not the same work: {work[1]:,.0f} model FLOPs, the baseline {work[0]:,.0f}",
             )
-        if machine == self.baseline:
-            return np.ones(DRAWS + 1), ""
         rng = np.random.default_rng(0)
         medians = []
         for row in (ours, theirs):
@@ -101,22 +107,31 @@ class Comparison:
         step = planned.step_seconds
         if step.value is None:
             return unavailable(step.how)
+        row = self.matching(planned)
+        if row is None:
+            return unavailable("the baseline has measured no step of as many model FLOPs")
+        ours = row.figures["step_seconds"]
+        if ours.value is None:
+            return ours
+        low, high = (ours.value / x if x else None for x in (step.high, step.low))
+        return Figure(
+            value=ours.value / step.value,
+            qualifier="estimated",
+            how=f"the baseline's median step of {row.name}, of as many model FLOPs, over the "
+            "planned one; interval: the plan's",
+            low=low,
+            high=high,
+        )
+
+    def matching(self, planned: Planned) -> Row | None:
+        """What the baseline has measured of the work that is planned."""
         for row in self.results[self.baseline].rows:
-            if row.failed or row.figures["model_flops"].value != planned.model_flops:
-                continue
-            ours = row.figures["step_seconds"]
-            if ours.value is None:
-                return ours
-            low, high = (ours.value / x if x else None for x in (step.high, step.low))
-            return Figure(
-                value=ours.value / step.value,
-                qualifier="estimated",
-                how=f"the baseline's median step of {row.name}, of as many model FLOPs, over the "
-                "planned one; interval: the plan's",
-                low=low,
-                high=high,
-            )
-        return unavailable("the baseline has measured no step of as many model FLOPs")
+            if not row.failed and row.figures["model_flops"].value == planned.model_flops:
+                return row
+        return None
+
+
+_SELF = Figure(value=1.0, qualifier="exact", how="the baseline itself")
 
 
 def _ratio(drawn: np.ndarray, what: str) -> Figure:

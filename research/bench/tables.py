@@ -9,11 +9,20 @@ from research.bench import words
 from research.bench.comparison import Comparison
 from research.bench.result import FIGURES, Figure
 
+_NOTE = (
+    "95%: of bootstrap draws of the rounds of both. * of the peak measured there, no datasheet "
+    "having one. ~ estimated, < at most, > at least. --csv and --html say of every figure how it "
+    "was got."
+)
+
 
 def text(c: Comparison) -> str:
     """The machines, their ratios over all models, a row for each model and machine, the plans."""
     parts = [_machines(c), _models(c), _plans(c)] if c.plans else [_machines(c), _models(c)]
-    return "\n\n".join(run.aligned(rows, left={0, 1}) for rows in parts)
+    first, *others = (run.aligned(rows, left={0, 1}) for rows in parts)
+    left = {name: c.left_out(name) for name in c.results}
+    notes = [f"{name}: without {', '.join(models)}" for name, models in left.items() if models]
+    return "\n\n".join(["\n".join([first, *notes]), *others, _NOTE])
 
 
 def _machines(c: Comparison) -> list[Sequence[str]]:
@@ -61,7 +70,7 @@ def _models(c: Comparison) -> list[Sequence[str]]:
             def cell(figure: str, name: str = name, model: str = model) -> str:
                 return words.shown(figure, c.figure(name, model, figure))
 
-            ratio = c.ratio(name, model)
+            ratio, share = c.ratio(name, model), words.shown("mfu", mfu(c, name, model))
             rows.append(
                 (
                     model,
@@ -70,7 +79,7 @@ def _models(c: Comparison) -> list[Sequence[str]]:
                     words.times(ratio),
                     words.times_ends(ratio),
                     cell("examples_per_second"),
-                    words.shown("mfu", mfu(c, name, model)),
+                    share + "*" * (c.figure(name, model, "mfu").value is None and share != "-"),
                     cell("memory"),
                     cell("compile_seconds"),
                     cell("target_seconds"),
@@ -85,19 +94,19 @@ def _plans(c: Comparison) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
         ("planned", "target", "chips", "step", "from, to", "times", "examples/s", "MFU")
     ]
-    for p in c.planned:
-        rows.append(
-            (
-                p.config,
-                p.target,
-                "-" if p.chips is None else str(p.chips),
-                words.shown("step_seconds", p.step_seconds),
-                words.ends("step_seconds", p.step_seconds),
-                words.times(c.plan_ratio(p)),
-                words.shown("examples_per_second", p.examples_per_second),
-                words.shown("mfu", p.mfu),
-            )
+    rows += [
+        (
+            p.config,
+            p.target,
+            "-" if p.chips is None else str(p.chips),
+            words.shown("step_seconds", p.step_seconds),
+            words.ends("step_seconds", p.step_seconds),
+            words.times(c.plan_ratio(p)),
+            words.shown("examples_per_second", p.examples_per_second),
+            words.shown("mfu", p.mfu),
         )
+        for p in c.planned
+    ]
     return rows
 
 

@@ -21,11 +21,16 @@ def number(name: str, value: float) -> str:
         size, unit = next((s for s in scales if abs(value) >= s[0]), scales[-1])
         return f"{digits(value / size)} {unit}"
     if kind.unit == "FLOP":
-        size, prefix = next((s for s in _LARGE if value >= s[0]), (1.0, ""))
-        return f"{digits(value / size)} {prefix}FLOP"
+        return f"{scaled(value)}FLOP"
     if kind.unit == "1/s":
         return digits(value)
     return f"{digits(value)} {kind.unit}".rstrip()
+
+
+def scaled(value: float) -> str:
+    """A number and the prefix of a unit, of thousands of millions and such."""
+    size, prefix = next((s for s in _LARGE if value >= s[0]), (1.0, ""))
+    return f"{digits(value / size)} {prefix}"
 
 
 def digits(value: float) -> str:
