@@ -125,10 +125,13 @@ class Comparison:
 
     def matching(self, planned: Planned) -> Row | None:
         """What the baseline has measured of the work that is planned."""
-        for row in self.results[self.baseline].rows:
-            if not row.failed and row.figures["model_flops"].value == planned.model_flops:
-                return row
-        return None
+        alike = [
+            row
+            for row in self.results[self.baseline].rows
+            if not row.failed and row.figures["model_flops"].value == planned.model_flops
+        ]
+        named = [row for row in alike if pathlib.Path(row.config).stem == planned.config]
+        return next(iter([*named, *alike]), None)
 
 
 _SELF = Figure(value=1.0, qualifier="exact", how="the baseline itself")

@@ -326,7 +326,7 @@ def _meanings() -> str:
         "<h2>How to read it</h2>\n"
         "<p>A ratio is of medians over rounds of steps; its interval holds 95% of "
         "bootstrap draws of the rounds of both machines. It tells the scatter within a "
-        "measurement, not how a machine differs from day to day. Where rounds lie further apart than the "
-        "suite's threshold, the machine was too noisy and the time is unavailable.</p>\n"
+        "measurement, not how a machine differs from day to day. Where rounds lie further apart "
+        "than the suite's threshold, the machine was too noisy and the time is unavailable.</p>\n"
         f"<details><summary>Every figure</summary><dl>{rows}</dl></details>"
     )
