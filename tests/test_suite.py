@@ -5,13 +5,14 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from research import compute
-from research.bench import commands, counters, families, loop, suite, words
+from research.bench import commands, counters, families, loop, measuring, suite, words
 from research.bench import result as results
 from research.bench.families import FAMILIES
 from research.compute import peaks, roofline
@@ -40,9 +41,9 @@ def measured(tmp_path_factory):
     """The MLP, measured for a moment on a machine that cannot be too noisy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ERGON_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(suite, "NOISE", 1e9)
-        patch.setattr(suite, "WARM", 0.0)
-        patch.setattr(suite, "RUN", 0.0)
+        patch.setattr(measuring, "NOISE", 1e9)
+        patch.setattr(measuring, "WARM", 0.0)
+        patch.setattr(measuring, "RUN", 0.0)
         patch.setattr(counters, "find", lambda device: (None, "none is looked for"))
         peaks.save(PEAKS)
         return suite.measure({"mlp": SHORT}, 0.05, price=36.0)
@@ -104,12 +105,12 @@ def bench(**changes):
         "measured": roofline.of_peaks(PEAKS),
         "counters": (None, "none"),
     }
-    return suite.Bench(**(fields | changes))
+    return measuring.Bench(**(fields | changes))
 
 
 def test_a_machine_too_noisy_reports_no_time(monkeypatch):
     for name, value in {"NOISE": 0.0, "WARM": 0.0, "RUN": 0.0}.items():
-        monkeypatch.setattr(suite, name, value)
+        monkeypatch.setattr(measuring, name, value)
     unmet = Target(metric="accuracy", value=1.01, split="validation")
     row = bench().row("mlp", dataclasses.replace(SHORT, steps=25, target=unmet))
     for name in ("step_seconds", "step_p95", "examples_per_second", "mfu_measured"):
@@ -126,17 +127,24 @@ def test_a_family_that_cannot_be_measured_is_a_row_that_says_why():
     assert row.figures == {}
 
 
-def test_counters_are_asked_for_steps_that_fill_their_window(monkeypatch):
+def test_counters_are_asked_for_steps_that_fill_their_window():
     setup = prepare(SHORT.experiment(), [CPU])
+    step = setup.step().lower(*setup.example()).compile()
     made = []
-    monkeypatch.setattr(suite, "_run", lambda setup, step, steps: made.append(steps) or steps)
+
+    def counted(*args):
+        made.append(1)
+        return step(*args)
 
     class Meter:
         def joules_per_step(self, steps):
-            return 700.0 / steps(5.0), "by a counter"
+            before, start = len(made), time.perf_counter()
+            count = steps(0.1)
+            assert time.perf_counter() - start >= 0.1
+            assert count == len(made) - before > 0
+            return 7.0, "by a counter"
 
-    found = bench(counters=(Meter(), ""))._energy(setup, None, 0.05)
-    assert made == [100]
+    found = bench(counters=(Meter(), ""))._energy(setup, counted, 0.01)
     assert (found.value, found.qualifier, found.how) == (7.0, "measured", "by a counter")
 
 
@@ -153,8 +161,8 @@ def test_board_power_is_an_estimate():
 
 
 def test_spread_is_of_the_middle_half():
-    assert suite.spread([1.0] * 9 + [50.0]) == 0
-    assert suite.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
+    assert measuring.spread([1.0] * 9 + [50.0]) == 0
+    assert measuring.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
 
 
 def test_an_interval_holds_its_median_and_narrows_with_rounds():
@@ -162,7 +170,7 @@ def test_an_interval_holds_its_median_and_narrows_with_rounds():
     widths = []
     for count in (10, 100, 1000):
         times = np.exp(0.1 * rng.normal(size=count)).tolist()
-        low, high = suite.interval(times)
+        low, high = measuring.interval(times)
         assert low <= np.median(times) <= high
         assert low <= 1 <= high
         widths.append(high - low)
@@ -175,7 +183,7 @@ def test_laps_are_between_logged_rows():
         {"split": "validation", "step": 10, "seconds": 1.0},
         {"split": "train", "step": 30, "seconds": 5.0},
     ]
-    assert suite._laps(rows) == [0.1, 0.2]
+    assert measuring._laps(rows) == [0.1, 0.2]
 
 
 # What is measured.
@@ -213,7 +221,7 @@ def test_texts_alphabets_fit_in_the_fixed_vocabulary():
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_measured(args, message, monkeypatch, capsys):
-    monkeypatch.setattr(suite, "Bench", None)
+    monkeypatch.setattr(measuring, "Bench", None)
     with pytest.raises(SystemExit) as end:
         commands.the_suite(args)
     assert end.value.code == 2

@@ -176,16 +176,20 @@ def _section(c: Comparison, title: str, about: str, columns: Sequence[tuple[str,
         for _, name in columns:
             if name == "ratio":
                 found.append(_ratio(c.ratio(machine, model)))
-            elif name == "target":
+            elif name in ("target", "binds"):
                 row = c.row(machine, model)
-                found.append(text(row.target if row else ""))
+                found.append(text(getattr(row, name) if row else ""))
             elif name in rated:
                 found.append(figure(name, tables.mfu(c, machine, model, name)))
             else:
                 found.append(figure(name, c.figure(machine, model, name)))
         return found
 
-    own = {"ratio": "the baseline's median step over this one's", "target": "to be reached"}
+    own = {
+        "ratio": "the baseline's median step over this one's",
+        "target": "to be reached",
+        "binds": "what takes longest by the roofline of the measured peaks",
+    }
     heads = [(head, own.get(name) or FIGURES[name].words) for head, name in columns]
     made = table(title, [*_WHO, *heads], _every(c, cells))
     return f'<h2>{title}</h2>\n<p class="soft">{about}</p>\n{made}'
@@ -240,6 +244,7 @@ def _start(c: Comparison) -> str:
             ("Model FLOPs", "model_flops"),
             ("Executed", "executed_flops"),
             ("Moved", "moved_bytes"),
+            ("Binds", "binds"),
             ("Memory", "memory"),
             ("Memory, peak", "memory_peak"),
         ],
@@ -299,6 +304,7 @@ def _machines(c: Comparison) -> str:
             "device": f"{m.device} ({m.platform}), {m.devices} used",
             "host": m.host,
             "driver": m.driver or "says nothing of itself",
+            "memory": "not told" if m.memory is None else words.number("memory", m.memory),
             "load": load,
             "price": "not given" if m.price is None else f"{m.price:g} USD an hour, as given",
             "suite": f"version {result.suite}; times are given up above a spread of "
