@@ -4,6 +4,7 @@ import json
 
 from research.bench import result as results
 from research.bench.result import FIGURES, Figure, Machine, Result, Roof, Row, unavailable
+from research.compute.peaks import Peaks
 
 VALUES = {
     "parameters": 1000,
@@ -55,14 +56,14 @@ def row(name="cnn", step=0.01, **figures):
 
 
 def result(*rows, **changes):
-    peaks = {
-        "device": "A CPU, 2 cores",
-        "platform": "cpu",
-        "versions": {"jax": "0.10.2", "jaxlib": "0.10.2"},
-        "date": "2026-01-02",
-        "matmul": {"float32": 4e11},
-        "bandwidth": [[2**28, 5e10]],
-    }
+    peaks = Peaks(
+        device="A CPU, 2 cores",
+        platform="cpu",
+        versions={"jax": "0.10.2", "jaxlib": "0.10.2"},
+        date="2026-01-02",
+        matmul={"float32": 4e11},
+        bandwidth=((2**28, 5e10),),
+    )
     fields = {
         "suite": results.VERSION,
         "date": "2026-01-02T03:04:05+00:00",

@@ -52,7 +52,7 @@ def measured(tmp_path_factory):
 def test_what_is_measured_is_a_file_that_is_read(measured):
     data = json.loads(json.dumps(results.to_json(measured), allow_nan=False))
     assert results.from_json(data) == measured
-    assert measured.peaks == peaks.to_json(PEAKS) | {"bandwidth": PEAKS.bandwidth}
+    assert measured.peaks == PEAKS
     (roof,) = measured.roofs
     assert (roof.flops, roof.bandwidth) == (4.5e11, 5e10)
 
@@ -174,7 +174,8 @@ def test_an_interval_holds_its_median_and_narrows_with_rounds():
         assert low <= np.median(times) <= high
         assert low <= 1 <= high
         widths.append(high - low)
-    assert widths[0] > 2 * widths[1] > 4 * widths[2]
+    assert widths[1] < widths[0] / 1.5
+    assert widths[2] < widths[1] / 2
 
 
 def test_laps_are_between_logged_rows():

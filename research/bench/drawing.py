@@ -57,7 +57,7 @@ def inline(drawing: Drawing, words: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = svg.replace("#000000", "var(--ink)").replace("#4d4d4d", "var(--ink)")
-    svg = svg.replace("#e5e5e5", "var(--line)")
+    svg = svg.replace("#e5e5e5", "var(--line)").replace("#e6e6e6", "var(--line)")
     for i, colour in enumerate(COLOURS):
         svg = svg.replace(colour.lower(), f"var(--c{i})")
     # Every drawing numbers its parts from 1, and a page has several.

@@ -32,6 +32,7 @@ class Family:
             ),
             steps=self.steps,
             eval_every=self.eval_every,
+            log_every=self.eval_every,
             eval_split=self.target.split,
             save_every=None,
             target=self.target,

@@ -231,7 +231,7 @@ class Bench:
         target = e.target
         assert target is not None  # every family has one
         runs: list[list[dict[str, Any]]] = []
-        while len(runs) < RUNS and sum(rows[-1]["seconds"] for rows in runs) < RUN:
+        while not runs or (len(runs) < RUNS and sum(r[-1]["seconds"] for r in runs) < RUN):
             runs.append(_trained(setup))
         evaluated = [[row for row in rows if row["split"] == target.split] for rows in runs]
         met = [next((r for r in rows if target.met(r[target.metric])), None) for rows in evaluated]

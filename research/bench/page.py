@@ -43,10 +43,13 @@ def html_page(c: Comparison) -> str:
     return string.Template(template).substitute(title=title, body="\n".join(filter(None, parts)))
 
 
+_NONE = "unavailable"
+
+
 def figure(name: str, found: Figure, shown: str | None = None, ends: str | None = None) -> Cell:
     """A figure with its interval; how it was got is a hover, or a click, away."""
     if found.value is None:
-        inside = _button("none", f"unavailable: {found.how}")
+        inside = _button(_NONE, f"unavailable: {found.how}")
         return Cell(inside, "")
     if shown is None:
         shown, ends = words.shown(name, found), words.ends(name, found)
@@ -55,7 +58,7 @@ def figure(name: str, found: Figure, shown: str | None = None, ends: str | None 
 
 
 def _button(shown: str, how: str, ends: str = "") -> str:
-    kind = "figure none" if shown == "none" else "figure"
+    kind = "figure none" if shown == _NONE else "figure"
     after = f'<span class="ends">{html.escape(ends)}</span>' if ends else ""
     found = html.escape(shown)
     return f'<button class="{kind}" title="{html.escape(how)}">{found}</button>{after}'
@@ -67,10 +70,13 @@ def text(inside: str) -> Cell:
 
 def table(name: str, heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[Cell]]) -> str:
     """heads: of columns, each with what it means."""
+    rows = list(rows)
+    left = [cell.left for cell in rows[0]] if rows else [False] * len(heads)
     top = "".join(
-        f'<th role="columnheader" scope="col"><button title="{html.escape(meaning)}">'
+        f'<th role="columnheader" scope="col"{" class=left" * side}>'
+        f'<button title="{html.escape(meaning)}">'
         f"{html.escape(head)}</button></th>"
-        for head, meaning in heads
+        for (head, meaning), side in zip(heads, left, strict=True)
     )
     body = "\n".join(
         '<tr role="row">'
@@ -129,7 +135,7 @@ def _overview(c: Comparison) -> str:
             for roof in measured
             for value in (roof.flops, roof.bandwidth)
         ]
-        cells = [Cell("none", "")] * 2
+        cells = [Cell("", "")] * 2
         if rates:
             cells = [
                 figure("", rate, f"{words.scaled(rate.value or 0)}{unit}")
@@ -180,7 +186,9 @@ def _section(c: Comparison, title: str, about: str, columns: Sequence[tuple[str,
                 row = c.row(machine, model)
                 found.append(text(getattr(row, name) if row else ""))
             elif name in rated:
-                found.append(figure(name, tables.mfu(c, machine, model, name)))
+                share = tables.mfu(c, machine, model, name)
+                star = "*" * (c.figure(machine, model, name).value is None)
+                found.append(figure(name, share, words.shown(name, share) + star))
             else:
                 found.append(figure(name, c.figure(machine, model, name)))
         return found
@@ -200,7 +208,7 @@ def _speed(c: Comparison) -> str:
         c,
         "Steps",
         "Of one device, batches already on it. MFU and HFU are shares of the datasheet's peak, or, "
-        "where there is none, of the peak that was measured on the machine.",
+        "where it has none, of the peak that was measured on the machine (*).",
         [
             ("Step", "step_seconds"),
             (f"Times as fast as {c.baseline}", "ratio"),

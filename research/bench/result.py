@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt
 from research import UserError
 from research import experiment as experiments
 from research.compute import peaks
+from research.compute.peaks import Peaks
 
 KIND = "ergon benchmark"
 VERSION = 1
@@ -166,7 +167,7 @@ class Result:
     """As a run's environment.json."""
     noise: Annotated[float, Gt(0)]
     """The spread above which times are not reported."""
-    peaks: dict[str, Any] | None
+    peaks: Peaks | None
     """Measured, as scripts/benchmark.py peaks keeps them."""
     roofs: tuple[Roof, ...]
     rows: tuple[Row, ...]
@@ -179,11 +180,6 @@ class Result:
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise UserError("rows must have names of their own")
-        if self.peaks is not None:
-            try:
-                peaks.from_json(self.peaks)
-            except ValueError as error:
-                raise UserError(f"peaks: {error}") from None
 
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
@@ -263,6 +259,11 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _dataclass(hint, value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if Peaks in args and value is not None:
+        try:
+            return peaks.from_json(value)
+        except ValueError as error:
+            raise UserError(f"{path.rstrip('.')}: {error}") from None
     if origin is tuple and isinstance(value, list):
         return tuple(_decode(args[0], v, f"{path}{_named(v, i)}.") for i, v in enumerate(value))
     if origin is dict and args[1] is not Any and isinstance(value, dict):

@@ -65,7 +65,7 @@ def measure(
         machine=machine,
         environment=environment.environment(),
         noise=measuring.NOISE,
-        peaks=peaks.to_json(found),
+        peaks=found,
         roofs=tuple(roof for rates in (datasheet, reached) if (roof := _roof(rates))),
         rows=tuple(rows),
     )
