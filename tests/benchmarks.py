@@ -12,6 +12,7 @@ VALUES = {
     "executed_flops": 10**9,
     "moved_bytes": 10**8,
     "spread": 0.02,
+    "others": 0.01,
     "input_wait": -0.01,
     "mfu_measured": 0.25,
     "hfu_measured": 0.25,

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 import time
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from research import compute
-from research.bench import commands, counters, families, loop, measuring, suite, words
+from research.bench import commands, counters, families, loop, measuring, others, suite, words
 from research.bench import result as results
 from research.bench.families import FAMILIES
 from research.compute import peaks, roofline
@@ -42,6 +43,7 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ERGON_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(measuring, "NOISE", 1e9)
+        patch.setattr(measuring, "OTHERS", 1.0)
         patch.setattr(measuring, "WARM", 0.0)
         patch.setattr(measuring, "RUN", 0.0)
         patch.setattr(counters, "find", lambda device: (None, "none is looked for"))
@@ -93,7 +95,7 @@ def test_what_is_not_there_says_why(measured):
         "target_joules": nothing,
     }
     text = words.table(measured)
-    assert f"unavailable: joules_per_step, target_joules: {nothing}" in text
+    assert f"\nmlp: joules_per_step, target_joules unavailable: {nothing}" in text
 
 
 def bench(**changes):
@@ -155,6 +157,45 @@ def test_board_power_is_an_estimate():
     found = bench(device=H100())._energy(None, None, 0.01)
     assert (found.value, found.qualifier) == (pytest.approx(7.0), "estimated")
     assert "700 W" in found.how
+
+
+def stat(path, user, steal=0):
+    """As proc(5) says, in ticks of which there are so many a second."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    numbers = [user * ticks, 0, 0, 10**9, 10**9, 0, 0, steal * ticks, 0, 0]
+    path.write_text(f"cpu  {' '.join(map(str, numbers))}\ncpu0 1 2 3\n")
+
+
+@pytest.mark.parametrize(("user", "steal", "share"), [(0, 0, 0), (3, 0, 0.2), (2, 4, 0.5)])
+def test_others_are_all_of_the_cpu_but_this_process(user, steal, share, tmp_path, monkeypatch):
+    """Of two cores, in 5 s of which this process worked for 1 s."""
+    clock, own = iter([100.0, 105.0]), iter([7.0, 8.0])
+    monkeypatch.setattr(others, "_STAT", tmp_path / "stat")
+    monkeypatch.setattr(others, "_own", lambda: next(own))
+    monkeypatch.setattr(others.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(others.os, "cpu_count", lambda: 2)
+    stat(tmp_path / "stat", 50)
+    counted = others.Others()
+    stat(tmp_path / "stat", 50 + user, steal)
+    assert counted.share() == pytest.approx(share)
+
+
+def test_where_the_system_does_not_tell_others_are_not_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(others, "_STAT", tmp_path / "none")
+    assert others.Others().share() is None
+
+
+def test_a_busy_cpu_is_noisy_and_a_gpus_host_is_not():
+    assert bench().noisy(0.01, None) is bench().noisy(0.01, 0.04) is None
+    assert bench().noisy(0.01, 0.3).how == (
+        "too noisy: other programs took 30% of the CPU meanwhile, and 5% is borne"
+    )
+
+    class GPU:
+        platform = "gpu"
+
+    assert bench(device=GPU()).noisy(0.01, 0.3) is None
+    assert bench(device=GPU()).noisy(0.2, 0.0).value is None
 
 
 # Statistics.

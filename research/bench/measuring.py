@@ -18,6 +18,7 @@ from research import experiment as experiments
 from research.bench import counters, loop, metering, reading
 from research.bench import result as results
 from research.bench.families import Family
+from research.bench.others import Others
 from research.bench.result import Figure, Qualifier, Row, unavailable
 from research.compute import chips, peaks, roofline
 from research.compute.report import program_json
@@ -26,6 +27,8 @@ from research.setup import Setup, prepare
 
 NOISE = 0.10
 """The interquartile range of rounds over their median above which a machine is too noisy."""
+OTHERS = 0.05
+"""The share of a CPU's time, taken by other programs, above which it is."""
 WARM = 1.0
 """Seconds of steps before any is timed, 3 at least."""
 ROUND = 0.1
@@ -74,11 +77,12 @@ class Bench:
         setup, step, report, found = self._started(e)
         once = _warm(setup, step)
         chunk = max(1, math.ceil(ROUND / once))
+        others = Others()
         rounds = _timed(setup, step, chunk, self.seconds, ROUNDS)
         singles = rounds if chunk == 1 else _timed(setup, step, 1, self.seconds / 4, SINGLES)
-        middle, apart = statistics.median(rounds), spread(rounds)
+        middle, apart, taken = statistics.median(rounds), spread(rounds), others.share()
         how = f"median of {len(rounds)} rounds of {chunk} steps; interval: 95% of its bootstrap"
-        noisy, report = self.noisy(apart), report.after(middle)
+        noisy, report = self.noisy(apart, taken), report.after(middle)
         found["memory_peak"] = _figure(
             report.peak_bytes,
             "upper bound",
@@ -86,6 +90,9 @@ class Bench:
             f"{self.device.platform} does not tell",
         )
         low, high = interval(rounds)
+        found["others"] = _figure(
+            taken, "measured", "while steps were timed, by /proc/stat", "the system does not tell"
+        )
         found["spread"] = _figure(apart, "measured", f"of {len(rounds)} rounds of {chunk} steps")
         timed = {
             "step_seconds": Figure(value=middle, qualifier="measured", how=how, low=low, high=high),
@@ -103,7 +110,8 @@ class Bench:
             **self._utilization(report),
             "joules_per_step": self._energy(setup, step, middle),
         }
-        found |= {name: noisy or figure for name, figure in timed.items()}
+        # What is unavailable anyway keeps its own reason.
+        found |= {k: noisy if noisy and f.value is not None else f for k, f in timed.items()}
         wait = reading.of_step(setup, step, self.seconds)
         found["input_wait"] = Figure(
             value=wait.waiting,
@@ -124,14 +132,20 @@ class Bench:
             figures={name: found[name] for name in results.FIGURES},
         )
 
-    def noisy(self, apart: float) -> Figure | None:
-        """What stands for every time where rounds are too far apart."""
-        if apart <= NOISE:
-            return None
-        return unavailable(
-            f"too noisy: the middle half of the rounds is {100 * apart:.0f}% of their median wide, "
-            f"and {100 * NOISE:.0f}% is borne"
-        )
+    def noisy(self, apart: float, taken: float | None) -> Figure | None:
+        """What stands for every time where rounds are too far apart, or, where a CPU is measured,
+        others have taken too much of it."""
+        if apart > NOISE:
+            return unavailable(
+                f"too noisy: the middle half of the rounds is {100 * apart:.0f}% of their median "
+                f"wide, and {100 * NOISE:.0f}% is borne"
+            )
+        if self.device.platform == "cpu" and taken is not None and taken > OTHERS:
+            return unavailable(
+                f"too noisy: other programs took {100 * taken:.0f}% of the CPU meanwhile, and "
+                f"{100 * OTHERS:.0f}% is borne"
+            )
+        return None
 
     def _started(self, e: Experiment) -> tuple[Setup, Any, compute.Report, dict[str, Figure]]:
         """An experiment's setup and compiled step, its ledger, and the figures of starting it."""
@@ -231,8 +245,10 @@ class Bench:
         target = e.target
         assert target is not None  # every family has one
         runs: list[list[dict[str, Any]]] = []
+        others = Others()
         while not runs or (len(runs) < RUNS and sum(r[-1]["seconds"] for r in runs) < RUN):
             runs.append(_trained(setup))
+        share = others.share()
         evaluated = [[row for row in rows if row["split"] == target.split] for rows in runs]
         met = [next((r for r in rows if target.met(r[target.metric])), None) for rows in evaluated]
         if met[0] is None:
@@ -245,7 +261,7 @@ class Bench:
         how = f"{target}, evaluated every {e.eval_every} steps, seed {e.seed}"
         many = len(times) > 2
         apart = spread(times) if many else spread(_laps(runs[0]))
-        taken = self.noisy(apart) or Figure(
+        taken = self.noisy(apart, share) or Figure(
             value=statistics.median(times),
             qualifier="measured",
             how=f"{how}; median of {len(times)} runs; compiling, evaluating and saving left out"

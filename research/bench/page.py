@@ -219,6 +219,8 @@ def _speed(c: Comparison) -> str:
             ("MFU, causal halved", "mfu_causal"),
             ("HFU", "hfu"),
             ("Input wait", "input_wait"),
+            ("Spread", "spread"),
+            ("Others", "others"),
         ],
     )
 

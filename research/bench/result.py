@@ -45,6 +45,7 @@ FIGURES = {
     "step_p50": Kind("s", "median of steps each waited for"),
     "step_p95": Kind("s", "95th percentile of steps each waited for"),
     "spread": Kind("", "interquartile range of the rounds over their median", zero=True),
+    "others": Kind("", "share of the host's CPU that other programs took meanwhile", 0, 1, True),
     "examples_per_second": Kind("1/s", "examples trained on, batches on the device"),
     "input_wait": Kind("", "share of a step spent waiting for its batch", -1, 1),
     "mfu": Kind("", "model FLOPs over time and the datasheet's peak", 0, 1, True),

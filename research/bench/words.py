@@ -97,11 +97,14 @@ def table(result: Result) -> str:
         )
     lines = [run.aligned([head, *rows], left={0})]
     lines += [f"{row.name}: {row.failed}" for row in result.rows if row.failed]
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for row in result.rows:
         for name, figure in row.figures.items():
-            if figure.qualifier == "unavailable":
-                names = reasons.setdefault(figure.how, [])
-                names += [] if name in names else [name]
-    lines += [f"unavailable: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+            if figure.value is None:
+                models, names = reasons.setdefault(figure.how, ({}, {}))
+                models[row.name] = names[name] = None
+    for reason, (models, names) in reasons.items():
+        first, more = ", ".join(list(names)[:3]), len(names) - 3
+        what = first + (f" and {more} more" if more > 0 else "")
+        lines.append(f"{', '.join(models)}: {what} unavailable: {reason}")
     return "\n".join(lines)
