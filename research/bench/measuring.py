@@ -274,20 +274,22 @@ class Bench:
         else:
             by = f"target_steps x joules_per_step: {joules.how}"
             energy = _figure(joules.value * steps, "estimated", by)
-        if taken.value is None:
-            money = taken
-        elif self.price is None:
-            money = unavailable("no price was given: --price takes the machine's USD an hour")
-        else:
-            by = f"target_seconds at {self.price:g} USD an hour, as given"
-            money = _figure(self.price * taken.value / 3600, "estimated", by)
         return {
             "target_reached": _figure(float(met[0][target.metric]), "measured", how),
             "target_steps": _figure(steps, "measured", how),
             "target_seconds": taken,
             "target_joules": energy,
-            "target_money": money,
+            "target_money": self._money(taken),
         }
+
+    def _money(self, seconds: Figure) -> Figure:
+        """Of a machine rented for just so long."""
+        if seconds.value is None:
+            return seconds
+        if self.price is None:
+            return unavailable("no price was given: --price takes the machine's USD an hour")
+        how = f"target_seconds at {self.price:g} USD an hour, as given"
+        return _figure(self.price * seconds.value / 3600, "estimated", how)
 
 
 def _trained(setup: Setup) -> list[dict[str, Any]]:

@@ -194,7 +194,7 @@ def _section(c: Comparison, title: str, about: str, columns: Sequence[tuple[str,
         return found
 
     own = {
-        "ratio": "the baseline's median step over this one's",
+        "ratio": f"as fast as {c.baseline}",
         "target": "to be reached",
         "binds": "what takes longest by the roofline of the measured peaks",
     }
@@ -207,11 +207,12 @@ def _speed(c: Comparison) -> str:
     return _section(
         c,
         "Steps",
-        "Of one device, batches already on it. MFU and HFU are shares of the datasheet's peak, or, "
-        "where it has none, of the peak that was measured on the machine (*).",
+        f"Of one device, batches already on it; times as fast as {c.baseline}. MFU and HFU are "
+        "shares of the datasheet's peak, or, where there is none, of the peak that was measured on "
+        "the machine (*).",
         [
             ("Step", "step_seconds"),
-            (f"Times as fast as {c.baseline}", "ratio"),
+            ("Times", "ratio"),
             ("p50", "step_p50"),
             ("p95", "step_p95"),
             ("Examples/s", "examples_per_second"),
@@ -284,7 +285,7 @@ def _plans(c: Comparison) -> str:
         ("Target", "hardware that need not be there"),
         ("Chips", "of it"),
         ("Step", "predicted"),
-        (f"Times as fast as {c.baseline}", "where it measured as many model FLOPs a step"),
+        ("Times", "as fast as the baseline, where it measured as many model FLOPs a step"),
         ("Examples/s", "predicted"),
         ("MFU", "at the predicted step"),
     ]

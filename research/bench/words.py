@@ -14,7 +14,7 @@ _LARGE = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def number(name: str, value: float) -> str:
     """A value of a figure of FIGURES with its unit."""
     kind = FIGURES[name]
-    if kind.high == 1:
+    if kind.unit == "share":
         return f"{100 * value:.1f}%"
     if kind.unit in _SCALES:
         scales = _SCALES[kind.unit]
