@@ -118,6 +118,8 @@ addEventListener("load", () => {
   out.width = innerWidth; out.scroll = document.documentElement.scrollWidth;
   out.wide = [...document.querySelectorAll("body *")].filter(e => !e.closest("svg") &&
     e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80));
+  out.table = Math.max(...[...document.querySelectorAll("table")].map(
+    one => one.getBoundingClientRect().right));
   out.requests = performance.getEntriesByType("resource").map(entry => entry.name);
   out.dark = matchMedia("(prefers-color-scheme: dark)").matches;
   out.paper = getComputedStyle(document.body).backgroundColor;
@@ -129,7 +131,7 @@ addEventListener("load", () => {
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 700, 1280])
 def test_a_browser_sorts_explains_and_fits(made, tmp_path, width):
     inner = made.replace("</body>", TRY + "</body>").replace("&", "&amp;").replace('"', "&quot;")
     frame = f'<iframe style="width:{width}px;height:800px;border:0" srcdoc="{inner}"></iframe>'
@@ -154,5 +156,7 @@ def test_a_browser_sorts_explains_and_fits(made, tmp_path, width):
     assert out["how"] == out["title"] != ""
     assert out["width"] == width
     assert out["scroll"] <= width, out["wide"]
+    if width != 700:  # between a phone and a desk a wide table scrolls by itself
+        assert out["table"] <= width
     assert out["requests"] == []
     assert out["paper"] != out["ink"]

@@ -140,6 +140,7 @@ def test_counters_are_asked_for_steps_that_fill_their_window():
 
     class Meter:
         def joules_per_step(self, steps):
+            assert made  # the initial state was made before
             before, start = len(made), time.perf_counter()
             count = steps(0.1)
             assert time.perf_counter() - start >= 0.1
