@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from research import UserError, command, plot, run
+from research import UserError, command, flags, plot, run
 from research.bench import (
     bayes,
     clients,
@@ -56,6 +57,7 @@ class Suite:
 
 
 def the_suite(argv: list[str]) -> None:
+    flags.apply(os.environ)  # what is measured is what scripts/train.py runs
     options = command.parse(Suite, USAGE, argv)
     if not options.out.parent.is_dir():
         command.fail(f"cannot write {options.out}: there is no folder {options.out.parent}")
