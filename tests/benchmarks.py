@@ -97,6 +97,8 @@ def written(path, found):
 def plan(config="configs/cnn_digits.py", *targets):
     """As scripts/plan.py --json writes it."""
     step = {"value": 0.001, "low": 0.0005, "high": 0.002, "qualifier": "estimated"}
+    hours = {"value": 2.5, "unit": "hours", "qualifier": "estimated", "basis": "", "low": 1.25}
+    money = {"value": None, "qualifier": "unavailable", "basis": "no list price"}
     ok = {
         "target": "h100:8",
         "status": "ok",
@@ -105,6 +107,12 @@ def plan(config="configs/cnn_digits.py", *targets):
         "mfu": 0.3,
         "model_flops": 10**9,
         "chips": 8,
+        "run": {
+            "hours": hours | {"high": 5.0},
+            "energy": {"value": 14.0, "qualifier": "estimated", "basis": "PUE 1.1"},
+            "money": money,
+            "warnings": ["the price is old"],
+        },
     }
     small = {"target": "v5e:16", "status": "does not fit", "reason": "3 GiB too many"}
     return {"config": config, "versions": {}, "targets": [ok, small, *targets]}

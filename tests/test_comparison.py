@@ -138,6 +138,10 @@ def test_a_plan_stands_beside_the_measurement_of_the_same_work(tmp_path):
     assert c.plan_ratio(small) == small.step_seconds
     other = dataclasses.replace(ok, model_flops=7)
     assert c.plan_ratio(other).value is None
+    assert (ok.hours.low, ok.hours.value, ok.hours.high) == (1.25, 2.5, 5)
+    assert ok.kwh.how == "by scripts/plan.py: PUE 1.1"
+    assert ok.money == unavailable("no list price")
+    assert c.warnings == ["the price is old"]
     text = tables.text(c)
     assert "h100:8" in text
     assert "500 us to 2 ms" in text
@@ -175,7 +179,7 @@ def test_a_plans_absent_figures_are_unavailable():
 def test_csv_has_every_figure_with_how_it_was_got(tmp_path):
     c = compared(tmp_path, a=benchmarks.result(), b=benchmarks.result(), p=benchmarks.plan())
     rows = list(csv.DictReader(io.StringIO(tables.to_csv(c))))
-    assert len(rows) == 2 * (1 + 2 * (1 + len(FIGURES))) + 2 * 4
+    assert len(rows) == 2 * (1 + 2 * (1 + len(FIGURES))) + 2 * 7
     assert all(row["how"] and row["qualifier"] for row in rows)
     (found,) = (
         row

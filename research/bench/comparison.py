@@ -176,6 +176,8 @@ def read(paths: Sequence[pathlib.Path], baseline: str | None = None) -> Comparis
             f"--baseline {baseline!r} is no measurement"
             f"{experiments.did_you_mean(baseline, list(found))}"
         )
+    told = {line: None for of_file in planned.values() for p in of_file for line in p.warnings}
+    warnings += told
     baseline = baseline or next(iter(found))
     warnings += _differences(found, baseline)
     return Comparison(results=found, plans=planned, baseline=baseline, warnings=warnings)

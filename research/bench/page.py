@@ -100,6 +100,15 @@ def _ratio(found: Figure) -> Cell:
     return figure("", found, words.times(found), words.times_ends(found))
 
 
+def _amount(found: Figure, unit: str) -> Cell:
+    """A figure that is none of the suite's."""
+    ends = ""
+    if found.low is not None and found.high is not None:
+        ends = f"{words.digits(found.low)} to {words.digits(found.high)}"
+    shown = words.marked(found, f"{words.digits(found.value or 0)} {unit}")
+    return figure("", found, shown, ends)
+
+
 def _opening(c: Comparison) -> str:
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     return (
@@ -288,6 +297,9 @@ def _plans(c: Comparison) -> str:
         ("Times", "as fast as the baseline, where it measured as many model FLOPs a step"),
         ("Examples/s", "predicted"),
         ("MFU", "at the predicted step"),
+        ("Run", "hours of the run that was planned"),
+        ("Energy", "of the run, its data centre's share included"),
+        ("Money", "for the run"),
     ]
     rows = [
         [
@@ -298,6 +310,9 @@ def _plans(c: Comparison) -> str:
             _ratio(c.plan_ratio(p)),
             figure("examples_per_second", p.examples_per_second),
             figure("mfu", p.mfu),
+            _amount(p.hours, "h"),
+            _amount(p.kwh, "kWh"),
+            _amount(p.money, "USD"),
         ]
         for p in c.planned
     ]

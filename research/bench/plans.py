@@ -22,6 +22,13 @@ class Planned:
     step_seconds: Figure
     examples_per_second: Figure
     mfu: Figure
+    hours: Figure
+    """Of the run that was planned."""
+    kwh: Figure
+    """Energy of the run, its data centre's share included."""
+    money: Figure
+    """USD for the run."""
+    warnings: tuple[str, ...]
 
 
 def is_plan(data: Any) -> bool:
@@ -46,12 +53,20 @@ def _planned(config: str, row: Any, path: str) -> Planned:
         name: unavailable(absent) if absent else _figure(row.get(name), f"{path}{name}", high)
         for name, high in (("step_seconds", None), ("examples_per_second", None), ("mfu", 1.0))
     }
+    run = row.get("run")
+    run = run if isinstance(run, dict) else {}
+    of_run = {
+        field: unavailable(absent) if absent else _figure(run.get(name), f"{path}run.{name}", None)
+        for field, name in (("hours", "hours"), ("kwh", "energy"), ("money", "money"))
+    }
     return Planned(
+        warnings=tuple(str(line) for line in run.get("warnings") or ()),
         config=pathlib.Path(config).stem,
         target=row["target"],
         chips=_whole(row.get("chips"), f"{path}chips"),
         model_flops=_whole(row.get("model_flops"), f"{path}model_flops"),
         **found,
+        **of_run,
     )
 
 
@@ -59,9 +74,9 @@ def _figure(given: Any, path: str, most: float | None) -> Figure:
     """A plan's figure: an object with its interval and qualifier, or a number, an estimate."""
     if not isinstance(given, dict):
         given = {"value": given}
-    value, reason = given.get("value"), str(given.get("reason") or "the plan has none")
+    value, basis = given.get("value"), str(given.get("basis") or "")
     if value is None:
-        return unavailable(reason)
+        return unavailable(basis or "the plan has none")
     ends = {name: given.get(name) for name in ("low", "high")}
     if None in ends.values():
         ends = {"low": None, "high": None}
@@ -72,7 +87,8 @@ def _figure(given: Any, path: str, most: float | None) -> Figure:
     if qualifier not in typing.get_args(Qualifier) or qualifier == "unavailable":
         raise UserError(f"{path}.qualifier = {qualifier!r:.60} is none of a figure with a value")
     try:
-        return Figure(value=value, qualifier=qualifier, how="planned by scripts/plan.py", **ends)
+        how = f"by scripts/plan.py{': ' * bool(basis)}{basis}"
+        return Figure(value=value, qualifier=qualifier, how=how, **ends)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -92,7 +92,18 @@ def _models(c: Comparison) -> list[Sequence[str]]:
 
 def _plans(c: Comparison) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
-        ("planned", "target", "chips", "step", "from, to", "times", "examples/s", "MFU")
+        (
+            "planned",
+            "target",
+            "chips",
+            "step",
+            "from, to",
+            "times",
+            "examples/s",
+            "MFU",
+            "run",
+            "USD",
+        )
     ]
     rows += [
         (
@@ -104,10 +115,16 @@ def _plans(c: Comparison) -> list[Sequence[str]]:
             words.times(c.plan_ratio(p)),
             words.shown("examples_per_second", p.examples_per_second),
             words.shown("mfu", p.mfu),
+            _plain(p.hours, " h"),
+            _plain(p.money, ""),
         )
         for p in c.planned
     ]
     return rows
+
+
+def _plain(f: Figure, unit: str) -> str:
+    return "-" if f.value is None else words.marked(f, words.digits(f.value) + unit)
 
 
 def to_csv(c: Comparison) -> str:
@@ -131,5 +148,11 @@ def to_csv(c: Comparison) -> str:
         write(p.target, p.config, *ratio, c.plan_ratio(p))
         write(p.target, p.config, "step_seconds", "s", p.step_seconds)
         write(p.target, p.config, "examples_per_second", "1/s", p.examples_per_second)
-        write(p.target, p.config, "mfu", "", p.mfu)
+        write(p.target, p.config, "mfu", "share", p.mfu)
+        for name, unit, f in (
+            ("run", "h", p.hours),
+            ("run", "kWh", p.kwh),
+            ("run", "USD", p.money),
+        ):
+            write(p.target, p.config, name, unit, f)
     return out.getvalue()

@@ -44,7 +44,12 @@ def shown(name: str, figure: Figure) -> str:
     """A figure, marked where it is a bound or an estimate; "-" where there is none."""
     if figure.value is None:
         return "-"
-    return _MARKS.get(figure.qualifier, "") + number(name, figure.value)
+    return marked(figure, number(name, figure.value))
+
+
+def marked(figure: Figure, shown: str) -> str:
+    """A figure's text, where it is a bound or an estimate marked so."""
+    return _MARKS.get(figure.qualifier, "") + shown
 
 
 def ends(name: str, figure: Figure) -> str:
