@@ -19,8 +19,8 @@ from research.compute import Report
 from research.compute import roofline as roofs
 
 # Okabe and Ito's colours, told apart by colour-blind readers; without yellow, faint on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_STYLES = ("-", "--", "-.", ":")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLES = ("-", "--", "-.", ":")
 _XLABELS = {"step": "training steps", "seconds": "training time (s)"}
 _UNITS = {"accuracy": "accuracy (fraction correct)"}
 
@@ -70,7 +70,7 @@ def curves(
     splits = sorted(
         {split for lines in series for _, split in lines}, key=lambda s: (s != "train", s)
     )
-    styles = itertools.cycle(_STYLES)
+    styles = itertools.cycle(STYLES)
     drawn: dict[str, dict[str, Any]] = {
         split: {"linewidth": 0.9, "alpha": 0.5, "zorder": 2}
         if split == "train"
@@ -95,7 +95,7 @@ def curves(
             axis.set_ylabel(_UNITS.get(metric, metric).replace("$", r"\$"))
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=x == "step"))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-            _plain(axis)
+            plain(axis)
         keys = [
             Line2D([], [], color=c, linewidth=1.8, label=name)
             for c, name in zip(_colours(len(runs)), names, strict=True)
@@ -126,7 +126,7 @@ def roofline(report: Report, out: Path) -> Path:
         raise UserError("this step executes no matrix products: there is nothing to draw")
     run, total = report.program, max(report.program.matmul_flops, 1)
     points = {m: (f / b, f) for m, (f, b) in run.by_module.items() if f and b}
-    points = dict(sorted(points.items(), key=lambda item: -item[1][1])[: len(_COLOURS)])
+    points = dict(sorted(points.items(), key=lambda item: -item[1][1])[: len(COLOURS)])
     moved = run.bytes_by_space.get(0, 0)
     step = total / max(moved, 1)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -135,7 +135,7 @@ def roofline(report: Report, out: Path) -> Path:
         axis = figure.subplots()
         intensities = [step, *(x for x, _ in points.values())]
         heights = []
-        for rates, line in zip(report.rates, _STYLES, strict=False):
+        for rates, line in zip(report.rates, STYLES, strict=False):
             ideal = roofs.compute_seconds(run.by_dtype, rates)
             if not ideal:
                 continue
@@ -149,7 +149,7 @@ def roofline(report: Report, out: Path) -> Path:
         if not heights:
             raise UserError(f"no peak is known for {', '.join(run.by_dtype)} on this device")
         peak, bandwidth = heights[-1]
-        for (module, (x, flops)), colour in zip(points.items(), _COLOURS, strict=False):
+        for (module, (x, flops)), colour in zip(points.items(), COLOURS, strict=False):
             area = 20 + 400 * flops / total
             y = min(peak, x * bandwidth)
             axis.scatter([x], [y], s=area, color=colour, alpha=0.7, label=module or "(no module)")
@@ -161,7 +161,7 @@ def roofline(report: Report, out: Path) -> Path:
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
         axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.yaxis.set_minor_formatter(EngFormatter(sep=""))
-        _plain(axis)
+        plain(axis)
         figure.legend(loc="outside right upper", frameon=False, fontsize="small", markerscale=0.6)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
@@ -196,7 +196,7 @@ def dots(
                     axis.text(0.02, y, note, transform=across, va="center", fontsize=8)
                 else:
                     mean = sum(found) / len(found)
-                    axis.plot([mean], [y], "|", color=_COLOURS[0], markersize=13, markeredgewidth=3)
+                    axis.plot([mean], [y], "|", color=COLOURS[0], markersize=13, markeredgewidth=3)
             axis.set(xscale="log", xlabel=label, ylim=(len(lines) - 0.5, -0.5))
             axis.set_yticks(range(len(lines)), [name for name, _, _ in lines])
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
@@ -205,10 +205,10 @@ def dots(
             narrow = high < 2 * low
             axis.xaxis.set_minor_locator(LogLocator(subs=range(1, 10)) if narrow else NullLocator())
             axis.xaxis.set_minor_formatter(FormatStrFormatter("%g"))
-            _plain(axis)
+            plain(axis)
         keys = [
             Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color="0.45"),
-            Line2D([], [], linestyle="", marker="|", color=_COLOURS[0], markeredgewidth=3),
+            Line2D([], [], linestyle="", marker="|", color=COLOURS[0], markeredgewidth=3),
         ]
         keys[1].set_markersize(13)
         figure.legend(keys, ["a seed", "mean"], loc="outside upper right", ncols=2, frameon=False)
@@ -227,7 +227,7 @@ def image(out: Path) -> Path:
     return out
 
 
-def _plain(axis: Axes) -> None:
+def plain(axis: Axes) -> None:
     axis.grid(color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -284,6 +284,6 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _colours(count: int) -> list[Any]:
-    if count <= len(_COLOURS):
-        return list(_COLOURS[:count])
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
     return list(matplotlib.colormaps["viridis"]([i / count for i in range(count)]))

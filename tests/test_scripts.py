@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import benchmarks
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -229,3 +230,27 @@ def test_linear_prints_baselines_beside_runs(trained):
     refused = script("benchmark", "linear", "configs/gru_text.py")
     assert refused.returncode == 2
     assert refused.stderr == "error: linear reads examples with inputs and targets alone\n"
+
+
+def test_compare(tmp_path):
+    good = benchmarks.written(tmp_path / "good.json", benchmarks.result())
+    bad = tmp_path / "bad.json"
+    bad.write_text(good.read_text()[:900])
+    outs = {name: tmp_path / name for name in ("page.html", "all.csv", "figures")}
+    options = [
+        part
+        for name, path in zip(("--html", "--csv", "--figures"), outs.values(), strict=True)
+        for part in (name, path)
+    ]
+    result = script("compare", good, bad, *options)
+    assert result.returncode == 0
+    assert result.stderr.startswith(f"{bad}: not whole JSON, cut short")
+    assert result.stderr.count("\n") == 1
+    assert "times as fast as good" in result.stdout
+    assert outs["page.html"].read_text().startswith("<!doctype html>")
+    assert (outs["figures"] / "speed.pdf").exists()
+    assert "times_as_fast" in outs["all.csv"].read_text()
+    result = script("compare", bad)
+    assert result.returncode == 2
+    assert "no file has a measurement to compare" in result.stderr
+    assert result.stderr.count("\n") == 1

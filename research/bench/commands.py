@@ -1,6 +1,7 @@
 """The measurements of scripts/benchmark.py: options, and what is printed."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from research import UserError, command, plot, run
+from research import UserError, command, flags, plot, run
 from research.bench import (
     bayes,
     clients,
@@ -21,20 +22,53 @@ from research.bench import (
     ngram,
     optimizers,
     reading,
+    result,
     scaling,
+    suite,
     throughput,
+    words,
 )
+from research.bench.families import FAMILIES
 from research.compute import chips, peaks
 from research.data.bundled import PythonReference
 from research.data.text import LabelledText
 
 USAGE = (
     "python scripts/benchmark.py "
-    "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
+    "{suite --out FILE [--only NAME ...], ngram [RUN ...], bayes CONFIG [--runs RUN ...], "
+    "linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
     "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
     "scaling CONFIG [--kind KIND] [--devices N ...], published [--json FILE]}"
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    out: Path
+    """The file, for scripts/compare.py."""
+    only: tuple[Literal["mlp", "cnn", "resnet", "lstm", "transformer"], ...] = ()
+    """Families to measure; by default all."""
+    seconds: float = 8.0
+    """Of timing a family's steps, and as many again beside the making of batches."""
+    price: float | None = None
+    """USD an hour of this machine, for the money to the target."""
+
+
+def the_suite(argv: list[str]) -> None:
+    flags.apply(os.environ)  # what is measured is what scripts/train.py runs
+    options = command.parse(Suite, USAGE, argv)
+    if not options.out.parent.is_dir():
+        command.fail(f"cannot write {options.out}: there is no folder {options.out.parent}")
+    if options.out.is_dir():
+        command.fail(f"cannot write {options.out}: it is a folder")
+    families = {k: v for k, v in FAMILIES.items() if k in options.only or not options.only}
+    with command.one_line_errors(), command.progress(len(families), "family") as (bar, say):
+        found = suite.measure(families, options.seconds, options.price, say, bar.update)
+    command.write_json(options.out, result.to_json(found))
+    print(words.table(found))
+    if all(row.failed for row in found.rows):
+        sys.exit(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -346,6 +380,7 @@ def the_published(argv: list[str]) -> None:
 
 
 KINDS = {
+    "suite": the_suite,
     "ngram": ngrams,
     "bayes": naive_bayes,
     "loop": the_loop,

@@ -6,6 +6,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -63,16 +64,20 @@ def overhead(experiment: Experiment, rounds: int) -> Overhead:
 
 def bare(setup: Setup, step: Any, steps: int, chunk: int) -> float:
     """Seconds of a compiled step by itself: the median over chunks of steps, each waited for."""
+    return statistics.median(itertools.islice(chunks(setup, step, chunk), steps // chunk))
+
+
+def chunks(setup: Setup, step: Any, chunk: int) -> Iterator[float]:
+    """Seconds of a compiled step by itself, without end: each a mean over a chunk of steps that is
+    waited for. Batches are on the device already."""
     state = setup.initial()
     batches = itertools.cycle(list(setup.feed(0, 4)))
-    seconds = []
-    for _ in range(steps // chunk):
+    while True:
         start = time.perf_counter()
         for batch in itertools.islice(batches, chunk):
             state, metrics = step(state, batch, setup.root)
         jax.block_until_ready((state, metrics))
-        seconds.append((time.perf_counter() - start) / chunk)
-    return statistics.median(seconds)
+        yield (time.perf_counter() - start) / chunk
 
 
 def _loop(setup: Setup) -> float:

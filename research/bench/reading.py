@@ -52,7 +52,11 @@ def measure(
     if seconds <= 0:
         raise UserError(f"input needs time, not {seconds} seconds")
     setup = prepare(experiment, devices)
-    step = setup.step().lower(*setup.example()).compile()
+    return of_step(setup, setup.step().lower(*setup.example()).compile(), seconds, chunk)
+
+
+def of_step(setup: Setup, step: Any, seconds: float, chunk: float = 0.1) -> Input:
+    """The same, of an experiment's compiled step."""
     state = setup.initial()
     fixed = itertools.cycle(list(setup.feed(0, 4)))
     state, _ = _steps(setup, step, state, fixed, 3)
@@ -75,7 +79,7 @@ def measure(
             jax.block_until_ready(batch)
         found.append((times[False], times[True], (time.perf_counter() - start) / whole))
     alone, with_making, making = np.array(found).T
-    batch = setup.splits["train"].batch(0, setup.batch_size, experiment.seed)
+    batch = setup.splits["train"].batch(0, setup.batch_size, setup.experiment.seed)
     size = sum(array.nbytes for array in batch.values())
     drawn = np.random.default_rng(0).integers(rounds, size=(1000, rounds))
     shares = 1 - alone[drawn].sum(1) / with_making[drawn].sum(1)

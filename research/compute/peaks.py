@@ -235,8 +235,11 @@ def measure(
 
 def name_of(device: jax.Device) -> str:
     """`Peaks.device`."""
-    if device.platform != "cpu":
-        return device.device_kind
+    return host() if device.platform == "cpu" else device.device_kind
+
+
+def host() -> str:
+    """The CPU's model and the number of cores that XLA may use."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
