@@ -966,3 +966,40 @@ def test_other_compilers_collectives(compile_for):
     )
     found = program(compile_for(mapped, f32(512, 256), place=NamedSharding(mesh, SPEC)), mesh)
     assert found.collectives == [Collective("all-reduce", 4 * 256 * 128, 2, 7, ("data",))]
+
+
+# Kernels.
+
+
+def test_kernels_add_up_to_the_program():
+    def scan(a, x):
+        return lax.scan(lambda c, _: (jnp.tanh(c @ a), None), x, None, length=9)[0]
+
+    found = of(scan, SQUARE, SQUARE)
+    kernels = found.kernels.items()
+    assert sum(k.flops * n for k, n in kernels) == found.matmul_flops == 9 * ONE
+    assert sum(k.bytes * n for k, n in kernels) == found.bytes
+    assert sum(k.transcendentals * n for k, n in kernels) == 9 * N * N
+    assert {(k.kind, k.dtype): n for k, n in kernels if k.flops} == {("dot", "float32"): 9}
+
+
+def test_what_is_fused_is_one_kernel():
+    found = of(lambda a: jnp.tanh(a) * 2 + 1, f32(1000, 1000))
+    (kernel,) = found.kernels
+    assert found.kernels[kernel] == 1
+    assert kernel.transcendentals == 1000 * 1000
+    assert kernel.elementwise == 2 * 1000 * 1000
+    assert kernel.bytes == found.bytes
+
+
+def test_a_reductions_operations_are_its_kernels():
+    found = of(lambda a: a.sum(1), f32(64, 1000))
+    assert sum(k.elementwise * n for k, n in found.kernels.items()) == pytest.approx(
+        64 * 1000, rel=0.02
+    )
+
+
+def test_nothing_is_a_kernel_of_what_only_names_or_sends(mesh):
+    found = sharded(mesh, lambda x: lax.psum(x, "data"), out=P(None, "model"))
+    assert not found.kernels
+    assert of(lambda a: (a, a), SQUARE).kernels.total() <= 2  # copies

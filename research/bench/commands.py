@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from research import UserError, command, plot, run
 from research.bench import (
     bayes,
+    calibrate,
     clients,
     ledger,
     linear,
@@ -25,7 +26,7 @@ from research.bench import (
     reading,
     scaling,
 )
-from research.compute import chips, peaks
+from research.compute import chips, peaks, predict
 from research.data.bundled import PythonReference
 from research.data.text import LabelledText
 
@@ -34,7 +35,7 @@ USAGE = (
     "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
     "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
-    "scaling CONFIG [--kind KIND] [--devices N ...]}"
+    "scaling CONFIG [--kind KIND] [--devices N ...], calibrate [--seconds N] [--json FILE]}"
 )
 
 
@@ -347,6 +348,62 @@ def the_scaling(argv: list[str]) -> None:
     print(scaling.table(rows))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    seconds: float = 2.0
+    """Of timing each program's steps."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def the_calibration(argv: list[str]) -> None:
+    options = command.parse(Calibrate, USAGE, argv)
+    if options.seconds <= 0:
+        command.fail(f"--seconds must be above 0, not {options.seconds}")
+    with command.one_line_errors():
+        found = peaks.load()
+        if found is None:
+            found = peaks.measure(say=lambda line: print(line, file=sys.stderr))
+            peaks.save(found)
+        others = _steps(calibrate.others(), options.seconds)
+        configs = _steps(calibrate.configs(), options.seconds)
+        rows = {
+            "configs, by a calibration on other programs": (
+                calibrate.foretold(others, configs, found)
+            ),
+            "every program, by a calibration on all the rest": (
+                calibrate.left_out([*others, *configs], found)
+            ),
+        }
+        made = calibrate.calibrated([*others, *configs], found)
+        for title, part in rows.items():
+            print(f"{title}\n\n{calibrate.table(part)}\n")
+        for name, factor in made.factors.items():
+            unit = "us each" if name in predict.NUMBERS else "x"
+            scale = 1e6 if name in predict.NUMBERS else 1
+            print(f"{name:16}{scale * factor:10.3f} {unit:8} {predict.TERMS[name]}")
+        kept = predict.save(made)
+        command.write_json(
+            options.json,
+            {title: [dataclasses.asdict(row) for row in part] for title, part in rows.items()}
+            | {"calibration": predict.to_json(made)},
+        )
+        print(f"\nkept in {kept}")
+
+
+def _steps(programs: Mapping[str, calibrate.Make], seconds: float) -> list[calibrate.Step]:
+    """Of those whose data is here."""
+    found = []
+    for name, make in programs.items():
+        try:
+            found.append(calibrate.measure(name, make(), seconds))
+        except UserError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+        else:
+            print(f"{name}: {1e3 * found[-1].seconds:.4g} ms", file=sys.stderr)
+    return found
+
+
 KINDS = {
     "ngram": ngrams,
     "bayes": naive_bayes,
@@ -357,5 +414,6 @@ KINDS = {
     "optimizers": the_optimizers,
     "clients": the_clients,
     "scaling": the_scaling,
+    "calibrate": the_calibration,
     "linear": baselines,
 }

@@ -63,6 +63,11 @@ _ELEMENTWISE = frozenset(
     "round-nearest-afz round-nearest-even select shift-left shift-right-arithmetic "
     "shift-right-logical sign subtract xor".split()
 )
+# One of these takes an element several times as long as any of those.
+_TRANSCENDENTAL = frozenset(
+    "atan2 cbrt cosine erf exponential exponential-minus-one log log-plus-one logistic power "
+    "rsqrt sine sqrt tan tanh".split()
+)
 
 
 class Product(NamedTuple):
@@ -75,6 +80,22 @@ class Product(NamedTuple):
     multiplications and additions of a product."""
     dtype: str
     """Of what is multiplied, and the precision asked for, as count spells them."""
+
+
+class Kernel(NamedTuple):
+    """What a device is handed to do at once: an instruction, with all that is fused into it."""
+
+    kind: str
+    """Of the product in it, as `Product.kind`; without one, the HLO operation."""
+    dtype: str
+    """Of that product, as `Product.dtype`; else empty."""
+    flops: int
+    """Of products."""
+    elementwise: int
+    """Operations, one an element, and those of reductions."""
+    transcendentals: int
+    bytes: int
+    """Read and written, in whichever memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +144,8 @@ class Program:
     complex multiply-add as 4."""
     moved: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
     """Bytes read and written by path and memory space; space 0 is the device's main memory."""
+    kernels: Counter[Kernel] = dataclasses.field(default_factory=Counter)
+    """How often each is executed; collectives are not among them."""
     compulsory: int = 0
     """Bytes of main memory that no fusion spares: each argument as far as it is read, each result,
     once."""
@@ -242,6 +265,7 @@ def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
         else:
             total.reasons["a module without an entry computation"] = None
     found.products, found.moved, found.opaque = total.products, total.moved, total.opaque
+    found.kernels = total.kernels
     found.padded, found.filled, found.ungrouped = total.padded, total.filled, total.ungrouped
     found.once = total.products_once, total.elementwise_once
     found.collectives = [dataclasses.replace(c, count=n) for c, n in total.collectives.items()]
@@ -299,6 +323,12 @@ def _scale(total: Counter[_Key], other: Counter[_Key], times: int) -> None:
 @dataclasses.dataclass
 class _Cost:
     products: Counter[Product] = dataclasses.field(default_factory=Counter)
+    kernels: Counter[Kernel] = dataclasses.field(default_factory=Counter)
+    flops: int = 0
+    """Of products; `elementwise` and `transcendentals`: as Kernel's."""
+    elementwise: int = 0
+    transcendentals: int = 0
+    last: Product | None = None
     products_once: int = 0
     elementwise_once: int = 0
     moved: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
@@ -311,19 +341,26 @@ class _Cost:
     ungrouped: set[str] = dataclasses.field(default_factory=set)
     reasons: dict[str, None] = dataclasses.field(default_factory=dict)
 
-    @property
-    def flops(self) -> int:
-        return self.products.total()
-
     def product(self, path: str, kind: str, dtype: str, flops: int) -> None:
         if flops:
-            self.products[Product(path, kind, dtype)] += flops
+            self.last = Product(path, kind, dtype)
+            self.products[self.last] += flops
+            self.flops += flops
         if kind in ("dot", "convolution"):
             self.products_once += flops
 
     def move(self, path: str, bytes_by_space: Mapping[int, int]) -> None:
         for space, n in bytes_by_space.items():
             self.moved[path, space] += n
+
+    def launch(self, opcode: str, before: tuple[int, int, int], moved: int) -> None:
+        """A kernel, of what was counted since `before`."""
+        now = self.flops, self.elementwise, self.transcendentals
+        flops, elementwise, transcendentals = (b - a for a, b in zip(before, now, strict=True))
+        kind, dtype = opcode, ""
+        if flops and self.last:
+            kind, dtype = self.last.kind, self.last.dtype
+        self.kernels[Kernel(kind, dtype, flops, elementwise, transcendentals, moved)] += 1
 
     def miss(self, path: str, name: str) -> None:
         self.unknown[name] += 1
@@ -334,6 +371,11 @@ class _Cost:
         self.elementwise_once += other.elementwise_once
         if not times:
             return
+        self.flops += times * other.flops
+        self.elementwise += times * other.elementwise
+        self.transcendentals += times * other.transcendentals
+        self.last = other.last or self.last
+        _scale(self.kernels, other.kernels, times)
         _scale(self.products, other.products, times)
         _scale(self.moved, other.moved, times)
         _scale(self.collectives, other.collectives, times)
@@ -386,6 +428,7 @@ class _Walk:
             return
         path = i.path or frame.path
         operands = [comp.instructions[name].shape for name in i.operands]
+        before = total.flops, total.elementwise, total.transcendentals
         if opcode == "while":
             self.loop(frame, i, total)
         elif opcode == "conditional":
@@ -406,13 +449,17 @@ class _Walk:
             total.product(path, "convolution", _dtype(i, operands), flops)
         elif opcode in ("cholesky", "triangular-solve"):
             total.miss(path, opcode)
+        elif opcode in _TRANSCENDENTAL:
+            total.transcendentals += result.size
         elif opcode in _ELEMENTWISE:
             total.elementwise_once += result.size
+            total.elementwise += result.size
             if opcode == "multiply" and _PRODUCT.fullmatch(path):
                 total.product(path, "multiply", _dtype(i, operands), 2 * result.size)
         elif opcode in ("reduce", "reduce-window", "select-and-scatter", "scatter"):
-            applied = self.applied(i)
-            total.elementwise_once += applied * _reductions(i, operands, result)
+            applied = self.applied(i) * _reductions(i, operands, result)
+            total.elementwise_once += applied
+            total.elementwise += applied
         elif opcode == "custom-call":
             _custom(i, path, operands, result, total)
         elif opcode in COLLECTIVES and not self.repeated(comp, i):
@@ -429,14 +476,17 @@ class _Walk:
         if opcode in ("dot", "convolution") and any(s.dynamic for s in operands):
             total.reasons[f"{opcode}: a dynamic size counted at its bound"] = None
         if not (frame.fused or opcode in _FREE or _MARKS.fullmatch(_target(i))):
+            moved = self.writes(comp, i, result)
             for name in dict.fromkeys(i.operands):
                 reads = (self.reads(comp, i, k) for k, o in enumerate(i.operands) if o == name)
                 shape = comp.instructions[name].shape
                 # Of a tuple all is read.
                 read = sum(reads)
                 part = {shape.space: read} if shape.dtype and read < shape.bytes else None
-                total.move(path, part or _by_space(shape))
-            total.move(path, self.writes(comp, i, result))
+                moved.update(part or _by_space(shape))
+            total.move(path, moved)
+            if opcode not in COLLECTIVES:
+                total.launch(opcode, before, moved.total())
 
     def applied(self, i: Instruction) -> int:
         """Operations of the function that a reduction applies."""
