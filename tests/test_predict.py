@@ -173,7 +173,7 @@ def test_the_band_holds_nine_in_ten_and_never_less_than_the_bound():
     steps = timed(noise=0.3, count=30)
     found = predict.calibrate(steps, some())
     low, high = found.band
-    assert sum(low <= ratio <= high for ratio in found.ratios) == 28 - 28 % 2
+    assert sum(low <= ratio <= high for ratio in found.ratios) == 28
     assert 0 < low < 1 < high
     quick = dataclasses.replace(found, factors=dict.fromkeys(predict.TERMS, 1e-9))
     guess = predict.predict(made((DOT, 1)), RATES, quick)

@@ -89,7 +89,8 @@ class Calibration:
     @property
     def band(self) -> tuple[float, float]:
         """What a predicted time is multiplied by for its ends."""
-        low, high = np.quantile(self.ratios, [(1 - BAND) / 2, (1 + BAND) / 2])
+        low = np.quantile(self.ratios, (1 - BAND) / 2, method="lower")
+        high = np.quantile(self.ratios, (1 + BAND) / 2, method="higher")
         return min(float(low), 1.0), max(float(high), 1.0)
 
 
