@@ -53,9 +53,9 @@ def made(*kernels, collectives=()):
     )
 
 
-DOT = Kernel("dot", "float32", 2 * 10**9, 0, 0, 10**6)
-CONVOLUTION = Kernel("convolution", "bfloat16", 4 * 10**9, 0, 0, 10**6)
-FUSION = Kernel("fusion", "", 0, 10**7, 10**6, 10**9)
+DOT = Kernel("dot", "float32", flops=2 * 10**9, bytes=10**6)
+CONVOLUTION = Kernel("convolution", "bfloat16", flops=4 * 10**9, patches=10**5, bytes=10**6)
+FUSION = Kernel("fusion", "", elementwise=10**7, singly=10**5, transcendentals=10**6, bytes=10**9)
 
 
 def test_the_work_by_hand():
@@ -66,6 +66,8 @@ def test_the_work_by_hand():
     assert found["convolution"] == pytest.approx(2 * 4e9 / 2e11)
     assert found["memory"] == pytest.approx(5 * 1e6 / 1e11 + 5 * 1e9 / 1e10)
     assert found["elementwise"] == pytest.approx(5 * 1e7 / 1e11)
+    assert found["singly"] == pytest.approx(5 * 1e5 / 1e11)
+    assert found["patches"] == pytest.approx(2 * 4e5 / 1e11)
     assert found["transcendental"] == pytest.approx(5 * 1e6 / 1e11)
     assert found["links"] == 0
     assert set(found) == set(predict.TERMS)
@@ -111,14 +113,20 @@ def test_the_roofline_gives_an_interval():
 TRUE = {"step": 2e-4, "kernel": 3e-6, "dot": 2.5, "memory": 1.2, "transcendental": 9.0}
 
 
+def _fusion(elementwise, transcendentals):
+    return Kernel(
+        "fusion", "", elementwise=elementwise, transcendentals=transcendentals, bytes=10**6
+    )
+
+
 def programs(count=12, seed=0):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         size = rng.lognormal(0, 1.5, 6)
         kernels = [
-            (Kernel("dot", "float32", int(1e8 * size[0]), 0, 0, int(1e5 * size[1])), 5),
-            (Kernel("fusion", "", 0, int(1e6 * size[2]), int(1e6 * size[3]), 10**6), 40),
-            (Kernel("copy", "", 0, 0, 0, int(1e7 * size[4])), int(30 * size[5]) + 1),
+            (Kernel("dot", "float32", flops=int(1e8 * size[0]), bytes=int(1e5 * size[1])), 5),
+            (_fusion(int(1e6 * size[2]), int(1e6 * size[3])), 40),
+            (Kernel("copy", "", bytes=int(1e7 * size[4])), int(30 * size[5]) + 1),
         ]
         yield made(*kernels)
 
@@ -237,7 +245,7 @@ def test_the_command_times_and_keeps(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(calibrate, "configs", lambda: {"mlp": calibrate.others()["mlp 16"]})
     peaks.save(some())
     out = tmp_path / "out.json"
-    commands.the_calibration(["--seconds", "0.05", "--json", str(out)])
+    commands.the_calibration(["--seconds", "0.05", "--rounds", "2", "--json", str(out)])
     text = capsys.readouterr().out
     found = json.loads(out.read_text())
     (row,) = found["configs, by a calibration on other programs"]
@@ -252,7 +260,10 @@ def test_the_command_times_and_keeps(monkeypatch, capsys, tmp_path):
 
 
 def test_a_mistake_is_one_line(capsys):
+    peaks.save(some())
     with pytest.raises(SystemExit) as error:
         commands.the_calibration(["--seconds", "0"])
     assert error.value.code == 2
-    assert capsys.readouterr().err == "error: --seconds must be above 0, not 0.0\n"
+    assert capsys.readouterr().err == (
+        "error: steps are timed in a round or more, not 3 of 0.0 seconds\n"
+    )

@@ -999,6 +999,29 @@ def test_a_reductions_operations_are_its_kernels():
     )
 
 
+def test_what_goes_to_places_that_windows_and_indices_tell():
+    def pooled(x):
+        return lax.reduce_window(x, 0.0, lax.add, (2, 2), (2, 2), "VALID")
+
+    found = of(pooled, f32(64, 32))
+    assert [(k.elementwise, k.singly) for k in found.kernels] == [(32 * 16 * 3, 32 * 16 * 3)]
+    rows = jax.ShapeDtypeStruct((40, 1), jnp.int32)
+    found = of(lambda x, rows, y: x.at[rows[:, 0]].add(y), f32(99, 8), rows, f32(40, 8))
+    assert sum(k.singly * n for k, n in found.kernels.items()) == 40 * 8
+
+
+def test_a_convolutions_patches():
+    taps = (3 * 9 - 2) ** 2
+    (found,) = (k for k in of(conv, f32(2, 9, 9, 4), f32(3, 3, 4, 6)).kernels if k.flops)
+    assert (found.kind, found.patches) == ("convolution", 2 * 4 * taps)
+
+    def depthwise(x, k):
+        return conv(x, k, feature_group_count=8)
+
+    (found,) = (k for k in of(depthwise, f32(2, 9, 9, 8), f32(3, 3, 1, 8)).kernels if k.flops)
+    assert found.patches == 2 * 8 * taps
+
+
 def test_nothing_is_a_kernel_of_what_only_names_or_sends(mesh):
     found = sharded(mesh, lambda x: lax.psum(x, "data"), out=P(None, "model"))
     assert not found.kernels

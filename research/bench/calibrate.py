@@ -5,7 +5,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 from research import UserError, command, compute
 from research.compute import peaks, predict, roofline
 from research.experiment import Experiment
-from research.setup import Setup, prepare
+from research.setup import prepare
 
 OTHERS: Mapping[str, tuple[str, dict[str, dict[str, Any]], int]] = {
     "mlp 256": ("mlp_cancer", {"model": {"sizes": (256, 256, 1)}}, 256),
@@ -99,9 +99,12 @@ class Step:
     name: str
     program: compute.Program
     seconds: float
-    """The median over chunks of steps, each waited for."""
+    """The least, of the rounds it was timed in, of medians over chunks of steps, each waited for:
+    what else runs on a machine only ever slows a step down."""
     spread: float
-    """The interquartile range of the chunks over their median."""
+    """The interquartile range of that round's chunks over their median."""
+    rounds: tuple[float, ...]
+    """The medians of all rounds; seconds."""
 
 
 Make = Callable[[], Experiment]
@@ -126,44 +129,68 @@ def _changed(config: str, changes: Mapping[str, Mapping[str, Any]], batch_size: 
     return dataclasses.replace(base, **parts, batch_size=batch_size)
 
 
-def measure(name: str, experiment: Experiment, seconds: float = 2.0, chunks: int = 15) -> Step:
-    """Compiles an experiment's step for the first device and times it, in `chunks` chunks of steps
-    that take about `seconds` together, of 1 step at least; batches are on the device.
+class Timer:
+    """An experiment's compiled step, to be timed on the first device again and again; its batches
+    are on the device. Raises UserError where its data is not here."""
 
-    Raises UserError where its data is not here.
-    """
-    if seconds <= 0 or chunks < 3:
-        raise UserError(f"a step is timed in 3 chunks or more, not {chunks} in {seconds} seconds")
-    setup = prepare(experiment, jax.local_devices()[:1])
-    compiled = setup.step().lower(*setup.example()).compile()
-    state = setup.initial()
-    batches = itertools.cycle(list(setup.feed(0, 4)))
-    state, _ = _chunk(setup, compiled, state, batches, 2)
-    state, once = _chunk(setup, compiled, state, batches, 2)
-    count = max(1, round(seconds / chunks / once))
-    times = []
-    for _ in range(chunks):
-        state, took = _chunk(setup, compiled, state, batches, count)
-        times.append(took)
-    first, _, third = statistics.quantiles(times, n=4)
-    median = statistics.median(times)
-    return Step(
-        name=name,
-        program=compute.program(compiled),
-        seconds=median,
-        spread=(third - first) / median,
-    )
+    def __init__(self, name: str, experiment: Experiment) -> None:
+        self._setup = prepare(experiment, jax.local_devices()[:1])
+        self._step = self._setup.step().lower(*self._setup.example()).compile()
+        self._state = self._setup.initial()
+        self._batches = itertools.cycle(list(self._setup.feed(0, 4)))
+        self._rounds: list[tuple[float, float]] = []
+        self.name, self.program = name, compute.program(self._step)
+
+    def round(self, seconds: float, chunks: int = 11) -> float:
+        """Times `chunks` chunks of steps, 1 at least, that take about `seconds` together; the
+        median of a step."""
+        self._chunk(2)  # the first steps bring things where they belong
+        count = max(1, round(seconds / chunks / self._chunk(1)))
+        times = [self._chunk(count) for _ in range(chunks)]
+        first, median, third = statistics.quantiles(times, n=4)
+        self._rounds.append((median, (third - first) / median))
+        return median
+
+    def _chunk(self, count: int) -> float:
+        """Seconds of one of `count` steps."""
+        start = time.perf_counter()
+        for batch in itertools.islice(self._batches, count):
+            self._state, metrics = self._step(self._state, batch, self._setup.root)
+        jax.block_until_ready((self._state, metrics))
+        return (time.perf_counter() - start) / count
+
+    def step(self) -> Step:
+        seconds, spread = min(self._rounds)
+        return Step(
+            name=self.name,
+            program=self.program,
+            seconds=seconds,
+            spread=spread,
+            rounds=tuple(median for median, _ in self._rounds),
+        )
 
 
-def _chunk(
-    setup: Setup, step: Any, state: Any, batches: Iterator[Any], count: int
-) -> tuple[Any, float]:
-    """The state after `count` steps, and the seconds of one."""
-    start = time.perf_counter()
-    for batch in itertools.islice(batches, count):
-        state, metrics = step(state, batch, setup.root)
-    jax.block_until_ready((state, metrics))
-    return state, (time.perf_counter() - start) / count
+def measure(
+    programs: Mapping[str, Make],
+    seconds: float,
+    rounds: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Step]:
+    """Compiles programs and times all of them in turn, `rounds` times; one whose data is not here
+    is left out. `say` is told what is at work."""
+    if seconds <= 0 or rounds < 1:
+        raise UserError(f"steps are timed in a round or more, not {rounds} of {seconds} seconds")
+    timers = []
+    for name, make in programs.items():
+        try:
+            timers.append(Timer(name, make()))
+        except UserError as error:
+            say(f"{name} is left out: {error}")
+    for n in range(rounds):
+        for timer in timers:
+            took = timer.round(seconds)
+            say(f"round {n + 1} of {rounds}, {timer.name}: {1e3 * took:.4g} ms")
+    return [timer.step() for timer in timers]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

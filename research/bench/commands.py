@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ USAGE = (
     "{ngram [RUN ...], bayes CONFIG [--runs RUN ...], linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
     "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
-    "scaling CONFIG [--kind KIND] [--devices N ...], calibrate [--seconds N] [--json FILE]}"
+    "scaling CONFIG [--kind KIND] [--devices N ...], calibrate [--rounds N] [--json FILE]}"
 )
 
 
@@ -350,32 +350,37 @@ def the_scaling(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibrate:
-    seconds: float = 2.0
-    """Of timing each program's steps."""
+    seconds: float = 1.0
+    """Of timing each program's steps, in each round."""
+    rounds: int = 3
+    """Times that all programs are timed, in turn; the best round counts."""
     json: Path | None = None
     """Also write the figures to this file."""
 
 
 def the_calibration(argv: list[str]) -> None:
     options = command.parse(Calibrate, USAGE, argv)
-    if options.seconds <= 0:
-        command.fail(f"--seconds must be above 0, not {options.seconds}")
     with command.one_line_errors():
         found = peaks.load()
         if found is None:
             found = peaks.measure(say=lambda line: print(line, file=sys.stderr))
             peaks.save(found)
-        others = _steps(calibrate.others(), options.seconds)
-        configs = _steps(calibrate.configs(), options.seconds)
+        programs = calibrate.others() | calibrate.configs()
+        steps = calibrate.measure(
+            programs,
+            options.seconds,
+            options.rounds,
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        others = [step for step in steps if step.name in calibrate.OTHERS]
+        configs = [step for step in steps if step.name not in calibrate.OTHERS]
         rows = {
             "configs, by a calibration on other programs": (
                 calibrate.foretold(others, configs, found)
             ),
-            "every program, by a calibration on all the rest": (
-                calibrate.left_out([*others, *configs], found)
-            ),
+            "every program, by a calibration on all the rest": (calibrate.left_out(steps, found)),
         }
-        made = calibrate.calibrated([*others, *configs], found)
+        made = calibrate.calibrated(steps, found)
         for title, part in rows.items():
             print(f"{title}\n\n{calibrate.table(part)}\n")
         for name, factor in made.factors.items():
@@ -389,19 +394,6 @@ def the_calibration(argv: list[str]) -> None:
             | {"calibration": predict.to_json(made)},
         )
         print(f"\nkept in {kept}")
-
-
-def _steps(programs: Mapping[str, calibrate.Make], seconds: float) -> list[calibrate.Step]:
-    """Of those whose data is here."""
-    found = []
-    for name, make in programs.items():
-        try:
-            found.append(calibrate.measure(name, make(), seconds))
-        except UserError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
-        else:
-            print(f"{name}: {1e3 * found[-1].seconds:.4g} ms", file=sys.stderr)
-    return found
 
 
 KINDS = {

@@ -25,8 +25,10 @@ TERMS = {
     "kernel": "kernels",
     "dot": "FLOPs of matrix products, at the peak",
     "convolution": "FLOPs of convolutions, at the peak",
+    "patches": "what convolutions lay out for products, 4 bytes an element, at the bandwidth",
     "memory": "bytes of kernels, at the bandwidth of working sets as large",
     "elementwise": "operations on elements, at the peak of float32",
+    "singly": "those of them in windows and scatters",
     "transcendental": "transcendental functions of elements, at the peak of float32",
     "links": "bytes that collectives send around rings, at the rate of the links",
 }
@@ -106,6 +108,8 @@ def work(program: Program, rates: roofline.Rates) -> dict[str, float]:
         found["kernel"] += times
         found["memory"] += times * kernel.bytes / rates.bandwidth(kernel.bytes)
         found["elementwise"] += times * kernel.elementwise / vector
+        found["singly"] += times * kernel.singly / vector
+        found["patches"] += times * 4 * kernel.patches / rates.bandwidth(4 * kernel.patches)
         found["transcendental"] += times * kernel.transcendentals / vector
         if kernel.flops:
             kind = "convolution" if "conv" in kernel.kind else "dot"

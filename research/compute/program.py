@@ -89,13 +89,29 @@ class Kernel(NamedTuple):
     """Of the product in it, as `Product.kind`; without one, the HLO operation."""
     dtype: str
     """Of that product, as `Product.dtype`; else empty."""
-    flops: int
+    flops: int = 0
     """Of products."""
-    elementwise: int
+    patches: int = 0
+    """Elements that a convolution's window meets, once for each of its places: what a product of
+    matrices in its stead reads on the left."""
+    elementwise: int = 0
     """Operations, one an element, and those of reductions."""
-    transcendentals: int
-    bytes: int
+    singly: int = 0
+    """Those of them that go to places which windows or indices tell: of reductions over windows,
+    and of scatters."""
+    transcendentals: int = 0
+    bytes: int = 0
     """Read and written, in whichever memory."""
+
+
+class _Done(NamedTuple):
+    """Kernel's figures that instructions add to."""
+
+    flops: int = 0
+    patches: int = 0
+    elementwise: int = 0
+    singly: int = 0
+    transcendentals: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,11 +340,9 @@ def _scale(total: Counter[_Key], other: Counter[_Key], times: int) -> None:
 class _Cost:
     products: Counter[Product] = dataclasses.field(default_factory=Counter)
     kernels: Counter[Kernel] = dataclasses.field(default_factory=Counter)
-    flops: int = 0
-    """Of products; `elementwise` and `transcendentals`: as Kernel's."""
-    elementwise: int = 0
-    transcendentals: int = 0
+    done: _Done = _Done()
     last: Product | None = None
+    """The product counted last."""
     products_once: int = 0
     elementwise_once: int = 0
     moved: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
@@ -341,11 +355,20 @@ class _Cost:
     ungrouped: set[str] = dataclasses.field(default_factory=set)
     reasons: dict[str, None] = dataclasses.field(default_factory=dict)
 
+    @property
+    def flops(self) -> int:
+        return self.done.flops
+
+    def do(self, **figures: int) -> None:
+        """Adds to `done`."""
+        done = self.done._asdict()
+        self.done = _Done(**done | {name: done[name] + n for name, n in figures.items()})
+
     def product(self, path: str, kind: str, dtype: str, flops: int) -> None:
         if flops:
             self.last = Product(path, kind, dtype)
             self.products[self.last] += flops
-            self.flops += flops
+            self.do(flops=flops)
         if kind in ("dot", "convolution"):
             self.products_once += flops
 
@@ -353,14 +376,12 @@ class _Cost:
         for space, n in bytes_by_space.items():
             self.moved[path, space] += n
 
-    def launch(self, opcode: str, before: tuple[int, int, int], moved: int) -> None:
-        """A kernel, of what was counted since `before`."""
-        now = self.flops, self.elementwise, self.transcendentals
-        flops, elementwise, transcendentals = (b - a for a, b in zip(before, now, strict=True))
-        kind, dtype = opcode, ""
-        if flops and self.last:
-            kind, dtype = self.last.kind, self.last.dtype
-        self.kernels[Kernel(kind, dtype, flops, elementwise, transcendentals, moved)] += 1
+    def launch(self, opcode: str, before: _Done, moved: int) -> None:
+        """A kernel, of what was done since `before`."""
+        done = _Done(*(b - a for a, b in zip(before, self.done, strict=True)))
+        named = self.last if done.flops else None
+        kind, dtype = (named.kind, named.dtype) if named else (opcode, "")
+        self.kernels[Kernel(kind, dtype, *done, moved)] += 1
 
     def miss(self, path: str, name: str) -> None:
         self.unknown[name] += 1
@@ -371,9 +392,7 @@ class _Cost:
         self.elementwise_once += other.elementwise_once
         if not times:
             return
-        self.flops += times * other.flops
-        self.elementwise += times * other.elementwise
-        self.transcendentals += times * other.transcendentals
+        self.done = _Done(*(a + times * b for a, b in zip(self.done, other.done, strict=True)))
         self.last = other.last or self.last
         _scale(self.kernels, other.kernels, times)
         _scale(self.products, other.products, times)
@@ -428,7 +447,7 @@ class _Walk:
             return
         path = i.path or frame.path
         operands = [comp.instructions[name].shape for name in i.operands]
-        before = total.flops, total.elementwise, total.transcendentals
+        before = total.done
         if opcode == "while":
             self.loop(frame, i, total)
         elif opcode == "conditional":
@@ -447,19 +466,20 @@ class _Walk:
         elif opcode == "convolution":
             flops = _convolution(i, operands[0], operands[1], result)
             total.product(path, "convolution", _dtype(i, operands), flops)
+            total.do(patches=flops // (2 * _outputs(i, result)))
         elif opcode in ("cholesky", "triangular-solve"):
             total.miss(path, opcode)
         elif opcode in _TRANSCENDENTAL:
-            total.transcendentals += result.size
+            total.do(transcendentals=result.size)
         elif opcode in _ELEMENTWISE:
             total.elementwise_once += result.size
-            total.elementwise += result.size
+            total.do(elementwise=result.size)
             if opcode == "multiply" and _PRODUCT.fullmatch(path):
                 total.product(path, "multiply", _dtype(i, operands), 2 * result.size)
         elif opcode in ("reduce", "reduce-window", "select-and-scatter", "scatter"):
             applied = self.applied(i) * _reductions(i, operands, result)
             total.elementwise_once += applied
-            total.elementwise += applied
+            total.do(elementwise=applied, singly=applied * (opcode != "reduce"))
         elif opcode == "custom-call":
             _custom(i, path, operands, result, total)
         elif opcode in COLLECTIVES and not self.repeated(comp, i):
@@ -959,6 +979,13 @@ def _convolution(i: Instruction, image: Shape, kernel: Shape, result: Shape) -> 
         sizes = (named[0][label], named[1][label], named[2][label])
         taps *= valid_taps(*sizes, stride, low, hole, spread)
     return 2 * named[2]["b"] * named[2]["f"] * named[1]["i"] * taps * _complex(image)
+
+
+def _outputs(i: Instruction, result: Shape) -> int:
+    """Features of a convolution's result that one of its patches gives."""
+    place = i.attributes["dim_labels"].partition("->")[2].index("f")
+    groups = i.dims("feature_group_count") + i.dims("batch_group_count")
+    return max(1, result.dims[place] // math.prod(groups))
 
 
 def valid_taps(
