@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from research.bench import calibrate, commands
 from research.compute import chips, peaks, predict, roofline
-from research.compute.program import Collective, Kernel, Product, Program
+from research.compute.program import Collective, Kernel, Memory, Product, Program
 
 H100 = roofline.of_chip(chips.chips()["h100-sxm"])
 
@@ -65,12 +65,22 @@ def test_the_work_by_hand():
     assert found["dot"] == pytest.approx(3 * 2e9 / 1e11)
     assert found["convolution"] == pytest.approx(2 * 4e9 / 2e11)
     assert found["memory"] == pytest.approx(5 * 1e6 / 1e11 + 5 * 1e9 / 1e10)
+    assert found["loops"] == 0
     assert found["elementwise"] == pytest.approx(5 * 1e7 / 1e11)
     assert found["singly"] == pytest.approx(5 * 1e5 / 1e11)
-    assert found["patches"] == pytest.approx(2 * 4e5 / 1e11)
+    assert found["patches"] == pytest.approx(2 * 1e5 / 1e11)
     assert found["transcendental"] == pytest.approx(5 * 1e6 / 1e11)
     assert found["links"] == 0
     assert set(found) == set(predict.TERMS)
+
+
+def test_bytes_outside_of_loops_come_from_all_that_the_program_holds():
+    program = made((DOT, 3), (DOT._replace(looped=True), 4))
+    assert predict.work(program, RATES)["memory"] == pytest.approx(3 * 1e6 / 1e11)
+    program.memory = Memory(2**28, 0, 0, 0, 0)
+    found = predict.work(program, RATES)
+    assert found["memory"] == pytest.approx(3 * 1e6 / 1e10)
+    assert found["loops"] == pytest.approx(4 * 1e6 / 1e11)
 
 
 def test_messages_take_the_links():

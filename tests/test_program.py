@@ -980,7 +980,8 @@ def test_kernels_add_up_to_the_program():
     assert sum(k.flops * n for k, n in kernels) == found.matmul_flops == 9 * ONE
     assert sum(k.bytes * n for k, n in kernels) == found.bytes
     assert sum(k.transcendentals * n for k, n in kernels) == 9 * N * N
-    assert {(k.kind, k.dtype): n for k, n in kernels if k.flops} == {("dot", "float32"): 9}
+    dots = {(k.kind, k.dtype, k.looped): n for k, n in kernels if k.flops}
+    assert dots == {("dot", "float32", True): 9}
 
 
 def test_what_is_fused_is_one_kernel():
@@ -990,6 +991,7 @@ def test_what_is_fused_is_one_kernel():
     assert kernel.transcendentals == 1000 * 1000
     assert kernel.elementwise == 2 * 1000 * 1000
     assert kernel.bytes == found.bytes
+    assert not kernel.looped
 
 
 def test_a_reductions_operations_are_its_kernels():

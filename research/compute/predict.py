@@ -25,8 +25,9 @@ TERMS = {
     "kernel": "kernels",
     "dot": "FLOPs of matrix products, at the peak",
     "convolution": "FLOPs of convolutions, at the peak",
-    "patches": "what convolutions lay out for products, 4 bytes an element, at the bandwidth",
-    "memory": "bytes of kernels, at the bandwidth of working sets as large",
+    "patches": "elements that convolutions lay out for products, at the peak of float32",
+    "memory": "bytes of kernels outside of loops, at the bandwidth of all that the program holds",
+    "loops": "bytes of kernels in loops, at the bandwidth of what each goes through",
     "elementwise": "operations on elements, at the peak of float32",
     "singly": "those of them in windows and scatters",
     "transcendental": "transcendental functions of elements, at the peak of float32",
@@ -104,12 +105,16 @@ def work(program: Program, rates: roofline.Rates) -> dict[str, float]:
     found = dict.fromkeys(TERMS, 0.0)
     found["step"] = 1.0
     vector = _peak(rates, "float32")
+    held = program.memory.total if program.memory else 0
     for kernel, times in program.kernels.items():
         found["kernel"] += times
-        found["memory"] += times * kernel.bytes / rates.bandwidth(kernel.bytes)
+        through = kernel.bytes if kernel.looped else max(held, kernel.bytes)
+        found["loops" if kernel.looped else "memory"] += (
+            times * kernel.bytes / rates.bandwidth(through)
+        )
         found["elementwise"] += times * kernel.elementwise / vector
         found["singly"] += times * kernel.singly / vector
-        found["patches"] += times * 4 * kernel.patches / rates.bandwidth(4 * kernel.patches)
+        found["patches"] += times * kernel.patches / vector
         found["transcendental"] += times * kernel.transcendentals / vector
         if kernel.flops:
             kind = "convolution" if "conv" in kernel.kind else "dot"

@@ -102,6 +102,8 @@ class Kernel(NamedTuple):
     transcendentals: int = 0
     bytes: int = 0
     """Read and written, in whichever memory."""
+    looped: bool = False
+    """Whether it is in the body of a loop, and may find there what the trip before has left."""
 
 
 class _Done(NamedTuple):
@@ -383,6 +385,13 @@ class _Cost:
         kind, dtype = (named.kind, named.dtype) if named else (opcode, "")
         self.kernels[Kernel(kind, dtype, *done, moved)] += 1
 
+    def loop(self) -> None:
+        """Its kernels are those of a loop's body."""
+        kernels: Counter[Kernel] = Counter()
+        for kernel, n in self.kernels.items():
+            kernels[kernel._replace(looped=True)] += n
+        self.kernels = kernels
+
     def miss(self, path: str, name: str) -> None:
         self.unknown[name] += 1
         self.opaque.add(path)
@@ -538,7 +547,9 @@ class _Walk:
         )
         if trips is None:
             total.reasons["while: trip count unknown; one counted"] = None
-        total.add(self.cost(body), 1 if trips is None else trips)
+        inner = self.cost(body)
+        inner.loop()
+        total.add(inner, 1 if trips is None else trips)
         total.add(self.cost(condition), (1 if trips is None else trips) + 1)
 
     # Trip counts.
