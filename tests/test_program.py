@@ -966,3 +966,65 @@ def test_other_compilers_collectives(compile_for):
     )
     found = program(compile_for(mapped, f32(512, 256), place=NamedSharding(mesh, SPEC)), mesh)
     assert found.collectives == [Collective("all-reduce", 4 * 256 * 128, 2, 7, ("data",))]
+
+
+# Kernels.
+
+
+def test_kernels_add_up_to_the_program():
+    def scan(a, x):
+        return lax.scan(lambda c, _: (jnp.tanh(c @ a), None), x, None, length=9)[0]
+
+    found = of(scan, SQUARE, SQUARE)
+    kernels = found.kernels.items()
+    assert sum(k.flops * n for k, n in kernels) == found.matmul_flops == 9 * ONE
+    assert sum(k.bytes * n for k, n in kernels) == found.bytes
+    assert sum(k.transcendentals * n for k, n in kernels) == 9 * N * N
+    dots = {(k.kind, k.dtype, k.looped): n for k, n in kernels if k.flops}
+    assert dots == {("dot", "float32", True): 9}
+
+
+def test_what_is_fused_is_one_kernel():
+    found = of(lambda a: jnp.tanh(a) * 2 + 1, f32(1000, 1000))
+    (kernel,) = found.kernels
+    assert found.kernels[kernel] == 1
+    assert kernel.transcendentals == 1000 * 1000
+    assert kernel.elementwise == 2 * 1000 * 1000
+    assert kernel.bytes == found.bytes
+    assert not kernel.looped
+
+
+def test_a_reductions_operations_are_its_kernels():
+    found = of(lambda a: a.sum(1), f32(64, 1000))
+    assert sum(k.elementwise * n for k, n in found.kernels.items()) == pytest.approx(
+        64 * 1000, rel=0.02
+    )
+
+
+def test_what_goes_to_places_that_windows_and_indices_tell():
+    def pooled(x):
+        return lax.reduce_window(x, 0.0, lax.add, (2, 2), (2, 2), "VALID")
+
+    found = of(pooled, f32(64, 32))
+    assert [(k.elementwise, k.singly) for k in found.kernels] == [(32 * 16 * 3, 32 * 16 * 3)]
+    rows = jax.ShapeDtypeStruct((40, 1), jnp.int32)
+    found = of(lambda x, rows, y: x.at[rows[:, 0]].add(y), f32(99, 8), rows, f32(40, 8))
+    assert sum(k.singly * n for k, n in found.kernels.items()) == 40 * 8
+
+
+def test_a_convolutions_patches():
+    taps = (3 * 9 - 2) ** 2
+    (found,) = (k for k in of(conv, f32(2, 9, 9, 4), f32(3, 3, 4, 6)).kernels if k.flops)
+    assert (found.kind, found.patches) == ("convolution", 2 * 4 * taps)
+
+    def depthwise(x, k):
+        return conv(x, k, feature_group_count=8)
+
+    (found,) = (k for k in of(depthwise, f32(2, 9, 9, 8), f32(3, 3, 1, 8)).kernels if k.flops)
+    assert found.patches == 2 * 8 * taps
+
+
+def test_nothing_is_a_kernel_of_what_only_names_or_sends(mesh):
+    found = sharded(mesh, lambda x: lax.psum(x, "data"), out=P(None, "model"))
+    assert not found.kernels
+    assert of(lambda a: (a, a), SQUARE).kernels.total() <= 2  # copies

@@ -13,6 +13,7 @@ import tyro
 from research import UserError, command, flags, plot, run
 from research.bench import (
     bayes,
+    calibrate,
     clients,
     ledger,
     linear,
@@ -29,7 +30,7 @@ from research.bench import (
     words,
 )
 from research.bench.families import FAMILIES
-from research.compute import chips, peaks
+from research.compute import chips, peaks, predict
 from research.data.bundled import PythonReference
 from research.data.text import LabelledText
 
@@ -39,7 +40,8 @@ USAGE = (
     "linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
     "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
-    "scaling CONFIG [--kind KIND] [--devices N ...], published [--json FILE]}"
+    "scaling CONFIG [--kind KIND] [--devices N ...], published [--json FILE], "
+    "calibrate [--rounds N] [--json FILE]}"
 )
 
 
@@ -379,6 +381,54 @@ def the_published(argv: list[str]) -> None:
     command.write_json(options.json, [row.to_json() for row in rows])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    seconds: float = 1.0
+    """Of timing each program's steps, in each round."""
+    rounds: int = 3
+    """Times that all programs are timed, in turn; the best round counts."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def the_calibration(argv: list[str]) -> None:
+    options = command.parse(Calibrate, USAGE, argv)
+    with command.one_line_errors():
+        found = peaks.load()
+        if found is None:
+            found = peaks.measure(say=lambda line: print(line, file=sys.stderr))
+            peaks.save(found)
+        programs = calibrate.others() | calibrate.configs()
+        steps = calibrate.measure(
+            programs,
+            options.seconds,
+            options.rounds,
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        others = [step for step in steps if step.name in calibrate.OTHERS]
+        configs = [step for step in steps if step.name not in calibrate.OTHERS]
+        rows = {
+            "configs, by a calibration on other programs": (
+                calibrate.foretold(others, configs, found)
+            ),
+            "every program, by a calibration on all the rest": (calibrate.left_out(steps, found)),
+        }
+        made = calibrate.calibrated(steps, found)
+        for title, part in rows.items():
+            print(f"{title}\n\n{calibrate.table(part)}\n")
+        for name, factor in made.factors.items():
+            unit = "us each" if name in predict.NUMBERS else "x"
+            scale = 1e6 if name in predict.NUMBERS else 1
+            print(f"{name:16}{scale * factor:10.3f} {unit:8} {predict.TERMS[name]}")
+        kept = predict.save(made)
+        command.write_json(
+            options.json,
+            {title: [dataclasses.asdict(row) for row in part] for title, part in rows.items()}
+            | {"calibration": predict.to_json(made)},
+        )
+        print(f"\nkept in {kept}")
+
+
 KINDS = {
     "suite": the_suite,
     "ngram": ngrams,
@@ -391,5 +441,6 @@ KINDS = {
     "clients": the_clients,
     "scaling": the_scaling,
     "published": the_published,
+    "calibrate": the_calibration,
     "linear": baselines,
 }

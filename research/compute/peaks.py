@@ -7,7 +7,6 @@ through XLA. They are of one device on one day, kept by device and by version of
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import math
 import os
 import pathlib
@@ -20,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from research.compute import kept
 
 DTYPES = tuple("float32 float32:HIGHEST bfloat16 float16 float64 int8".split())
 _FAILURES = (RuntimeError, TypeError, ValueError)  # XLA's own errors are RuntimeErrors.
@@ -54,6 +55,10 @@ class Peaks:
     def memory_bandwidth(self) -> float:
         """Bytes/s over the largest working set: main memory's, where no cache holds as much."""
         return self.bandwidth[-1][1]
+
+    @property
+    def key(self) -> kept.Key:
+        return kept.Key(self.device, self.platform, self.versions)
 
     def bandwidth_at(self, size: int) -> float:
         """Bytes/s that a program which streams over `size` bytes is not expected to exceed.
@@ -280,34 +285,20 @@ def from_json(data: Any) -> Peaks:
 
 
 def save(peaks: Peaks) -> pathlib.Path:
-    """Writes the file that `load` reads, at once and whole, and returns its path; OSError where it
-    cannot. It lies in $ERGON_CACHE, or in ergon/ of $XDG_CACHE_HOME or of ~/.cache."""
-    path = _path(peaks.device, peaks.platform, peaks.versions)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(to_json(peaks), indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    """Writes the file that `load` reads and returns its path; OSError where it cannot."""
+    return kept.write("peaks", peaks.key, to_json(peaks))
 
 
 def load(device: jax.Device | None = None) -> Peaks | None:
     """What was saved of this device, by default this process's first, under these versions of jax
     and jaxlib; None where nothing was, or where it cannot be read."""
-    device = device or jax.local_devices()[0]
-    key = name_of(device), device.platform, _versions()
+    key = key_of(device or jax.local_devices()[0])
     try:
-        found = from_json(json.loads(_path(*key).read_text(encoding="utf-8")))
+        found = from_json(kept.read("peaks", key))
     except (OSError, ValueError):
         return None
-    return found if (found.device, found.platform, found.versions) == key else None
+    return found if found.key == key else None
 
 
-def _path(device: str, platform: str, versions: Mapping[str, str]) -> pathlib.Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(os.environ.get("ERGON_CACHE") or f"{cache}/ergon")
-    key = " ".join((device, platform, *(f"{k} {v}" for k, v in sorted(versions.items()))))
-    slug = re.sub(r"[^a-z0-9.]+", "-", key.lower()).strip("-")
-    return pathlib.Path(os.path.expanduser(folder)) / f"peaks-{slug}.json"
+def key_of(device: jax.Device) -> kept.Key:
+    return kept.Key(name_of(device), device.platform, _versions())

@@ -63,6 +63,11 @@ _ELEMENTWISE = frozenset(
     "round-nearest-afz round-nearest-even select shift-left shift-right-arithmetic "
     "shift-right-logical sign subtract xor".split()
 )
+# One of these takes an element several times as long as any of those.
+_TRANSCENDENTAL = frozenset(
+    "atan2 cbrt cosine erf exponential exponential-minus-one log log-plus-one logistic power "
+    "rsqrt sine sqrt tan tanh".split()
+)
 
 
 class Product(NamedTuple):
@@ -75,6 +80,40 @@ class Product(NamedTuple):
     multiplications and additions of a product."""
     dtype: str
     """Of what is multiplied, and the precision asked for, as count spells them."""
+
+
+class Kernel(NamedTuple):
+    """What a device is handed to do at once: an instruction, with all that is fused into it."""
+
+    kind: str
+    """Of the product in it, as `Product.kind`; without one, the HLO operation."""
+    dtype: str
+    """Of that product, as `Product.dtype`; else empty."""
+    flops: int = 0
+    """Of products."""
+    patches: int = 0
+    """Elements that a convolution's window meets, once for each of its places: what a product of
+    matrices in its stead reads on the left."""
+    elementwise: int = 0
+    """Operations, one an element, and those of reductions."""
+    singly: int = 0
+    """Those of them that go to places which windows or indices tell: of reductions over windows,
+    and of scatters."""
+    transcendentals: int = 0
+    bytes: int = 0
+    """Read and written, in whichever memory."""
+    looped: bool = False
+    """Whether it is in the body of a loop, and may find there what the trip before has left."""
+
+
+class _Done(NamedTuple):
+    """Kernel's figures that instructions add to."""
+
+    flops: int = 0
+    patches: int = 0
+    elementwise: int = 0
+    singly: int = 0
+    transcendentals: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +162,8 @@ class Program:
     complex multiply-add as 4."""
     moved: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
     """Bytes read and written by path and memory space; space 0 is the device's main memory."""
+    kernels: Counter[Kernel] = dataclasses.field(default_factory=Counter)
+    """How often each is executed; collectives are not among them."""
     compulsory: int = 0
     """Bytes of main memory that no fusion spares: each argument as far as it is read, each result,
     once."""
@@ -242,6 +283,7 @@ def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
         else:
             total.reasons["a module without an entry computation"] = None
     found.products, found.moved, found.opaque = total.products, total.moved, total.opaque
+    found.kernels = total.kernels
     found.padded, found.filled, found.ungrouped = total.padded, total.filled, total.ungrouped
     found.once = total.products_once, total.elementwise_once
     found.collectives = [dataclasses.replace(c, count=n) for c, n in total.collectives.items()]
@@ -299,6 +341,10 @@ def _scale(total: Counter[_Key], other: Counter[_Key], times: int) -> None:
 @dataclasses.dataclass
 class _Cost:
     products: Counter[Product] = dataclasses.field(default_factory=Counter)
+    kernels: Counter[Kernel] = dataclasses.field(default_factory=Counter)
+    done: _Done = _Done()
+    last: Product | None = None
+    """The product counted last."""
     products_once: int = 0
     elementwise_once: int = 0
     moved: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
@@ -313,17 +359,38 @@ class _Cost:
 
     @property
     def flops(self) -> int:
-        return self.products.total()
+        return self.done.flops
+
+    def do(self, **figures: int) -> None:
+        """Adds to `done`."""
+        done = self.done._asdict()
+        self.done = _Done(**done | {name: done[name] + n for name, n in figures.items()})
 
     def product(self, path: str, kind: str, dtype: str, flops: int) -> None:
         if flops:
-            self.products[Product(path, kind, dtype)] += flops
+            self.last = Product(path, kind, dtype)
+            self.products[self.last] += flops
+            self.do(flops=flops)
         if kind in ("dot", "convolution"):
             self.products_once += flops
 
     def move(self, path: str, bytes_by_space: Mapping[int, int]) -> None:
         for space, n in bytes_by_space.items():
             self.moved[path, space] += n
+
+    def launch(self, opcode: str, before: _Done, moved: int) -> None:
+        """A kernel, of what was done since `before`."""
+        done = _Done(*(b - a for a, b in zip(before, self.done, strict=True)))
+        named = self.last if done.flops else None
+        kind, dtype = (named.kind, named.dtype) if named else (opcode, "")
+        self.kernels[Kernel(kind, dtype, *done, moved)] += 1
+
+    def loop(self) -> None:
+        """Its kernels are those of a loop's body."""
+        kernels: Counter[Kernel] = Counter()
+        for kernel, n in self.kernels.items():
+            kernels[kernel._replace(looped=True)] += n
+        self.kernels = kernels
 
     def miss(self, path: str, name: str) -> None:
         self.unknown[name] += 1
@@ -334,6 +401,9 @@ class _Cost:
         self.elementwise_once += other.elementwise_once
         if not times:
             return
+        self.done = _Done(*(a + times * b for a, b in zip(self.done, other.done, strict=True)))
+        self.last = other.last or self.last
+        _scale(self.kernels, other.kernels, times)
         _scale(self.products, other.products, times)
         _scale(self.moved, other.moved, times)
         _scale(self.collectives, other.collectives, times)
@@ -386,6 +456,7 @@ class _Walk:
             return
         path = i.path or frame.path
         operands = [comp.instructions[name].shape for name in i.operands]
+        before = total.done
         if opcode == "while":
             self.loop(frame, i, total)
         elif opcode == "conditional":
@@ -404,15 +475,20 @@ class _Walk:
         elif opcode == "convolution":
             flops = _convolution(i, operands[0], operands[1], result)
             total.product(path, "convolution", _dtype(i, operands), flops)
+            total.do(patches=flops // (2 * _outputs(i, result)))
         elif opcode in ("cholesky", "triangular-solve"):
             total.miss(path, opcode)
+        elif opcode in _TRANSCENDENTAL:
+            total.do(transcendentals=result.size)
         elif opcode in _ELEMENTWISE:
             total.elementwise_once += result.size
+            total.do(elementwise=result.size)
             if opcode == "multiply" and _PRODUCT.fullmatch(path):
                 total.product(path, "multiply", _dtype(i, operands), 2 * result.size)
         elif opcode in ("reduce", "reduce-window", "select-and-scatter", "scatter"):
-            applied = self.applied(i)
-            total.elementwise_once += applied * _reductions(i, operands, result)
+            applied = self.applied(i) * _reductions(i, operands, result)
+            total.elementwise_once += applied
+            total.do(elementwise=applied, singly=applied * (opcode != "reduce"))
         elif opcode == "custom-call":
             _custom(i, path, operands, result, total)
         elif opcode in COLLECTIVES and not self.repeated(comp, i):
@@ -429,14 +505,17 @@ class _Walk:
         if opcode in ("dot", "convolution") and any(s.dynamic for s in operands):
             total.reasons[f"{opcode}: a dynamic size counted at its bound"] = None
         if not (frame.fused or opcode in _FREE or _MARKS.fullmatch(_target(i))):
+            moved = self.writes(comp, i, result)
             for name in dict.fromkeys(i.operands):
                 reads = (self.reads(comp, i, k) for k, o in enumerate(i.operands) if o == name)
                 shape = comp.instructions[name].shape
                 # Of a tuple all is read.
                 read = sum(reads)
                 part = {shape.space: read} if shape.dtype and read < shape.bytes else None
-                total.move(path, part or _by_space(shape))
-            total.move(path, self.writes(comp, i, result))
+                moved.update(part or _by_space(shape))
+            total.move(path, moved)
+            if opcode not in COLLECTIVES:
+                total.launch(opcode, before, moved.total())
 
     def applied(self, i: Instruction) -> int:
         """Operations of the function that a reduction applies."""
@@ -468,7 +547,9 @@ class _Walk:
         )
         if trips is None:
             total.reasons["while: trip count unknown; one counted"] = None
-        total.add(self.cost(body), 1 if trips is None else trips)
+        inner = self.cost(body)
+        inner.loop()
+        total.add(inner, 1 if trips is None else trips)
         total.add(self.cost(condition), (1 if trips is None else trips) + 1)
 
     # Trip counts.
@@ -909,6 +990,13 @@ def _convolution(i: Instruction, image: Shape, kernel: Shape, result: Shape) -> 
         sizes = (named[0][label], named[1][label], named[2][label])
         taps *= valid_taps(*sizes, stride, low, hole, spread)
     return 2 * named[2]["b"] * named[2]["f"] * named[1]["i"] * taps * _complex(image)
+
+
+def _outputs(i: Instruction, result: Shape) -> int:
+    """Features of a convolution's result that one of its patches gives."""
+    place = i.attributes["dim_labels"].partition("->")[2].index("f")
+    groups = i.dims("feature_group_count") + i.dims("batch_group_count")
+    return max(1, result.dims[place] // math.prod(groups))
 
 
 def valid_taps(
