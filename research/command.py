@@ -260,6 +260,15 @@ def progress(total: int, unit: str) -> Iterator[tuple[tqdm, Callable[[str], None
         yield bar, say
 
 
+def check_writable(*paths: pathlib.Path | None) -> None:
+    """Ends the process with one line, before long work, where its results could not be written."""
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            fail(f"cannot write {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            fail(f"cannot write {path}: it is a folder")
+
+
 def write_json(path: pathlib.Path | None, value: Any) -> None:
     """What --json asks for, as strict JSON, from the first process; nothing without a path."""
     if path is None or hosts.me() > 0:

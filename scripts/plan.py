@@ -11,7 +11,7 @@ import tyro
 from annotated_types import Ge, Gt
 
 from research import command, environment
-from research.bench import plan, planning
+from research.bench import comparison, page, plan, planning
 
 USAGE = "python scripts/plan.py CONFIG --target KIND:CHIPS [--target ...] [--field value ...]"
 
@@ -26,7 +26,9 @@ class Options(command.Options):
     """Of the run; None: its steps are the experiment's."""
     epochs: Annotated[float, Gt(0)] | None = None
     json: Path | None = None
-    """Also write the rows to this file."""
+    """Also write the rows to this file, for scripts/compare.py too."""
+    html: Path | None = None
+    """Also write a page that needs nothing else."""
     prices: Path | None = None
     """A file of prices, grids and PUEs of yours, as research/compute/prices.toml."""
     provider: str | None = None
@@ -58,6 +60,7 @@ def main() -> None:
         asked = (*options.target, *(planning.ALL if options.all else ()))
         if not asked:
             command.fail(f"nothing to plan for: {USAGE}, or --all")
+        command.check_writable(options.json, options.html)
         places = [planning.place(text) for text in asked]
         steps = planning.Length(tokens=options.tokens, epochs=options.epochs).steps(e)
         costs = planning.Costs.of(options.prices, options.provider, options.grid)
@@ -73,9 +76,10 @@ def main() -> None:
         row["run"] = costs.of_run(row, steps)
     print(planning.table(found))
     versions = environment.versions("libtpu", "jax-cuda13-plugin")
-    command.write_json(
-        options.json, {"config": options.config, "versions": versions, "targets": found}
-    )
+    written = {"config": options.config, "versions": versions, "targets": found}
+    command.write_json(options.json, written)
+    if options.html:
+        options.html.write_text(page.html_page(comparison.of_plan(written)), encoding="utf-8")
     if all(row["status"] in ("failed", "not installed") for row in found):
         sys.exit(1)
 

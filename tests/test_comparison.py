@@ -95,7 +95,9 @@ def test_bad_files_are_named_and_the_others_compared(tmp_path):
     assert ends[3].startswith("/notes.json: not a benchmark")
     assert ends[4].startswith("/rows.json: rows must be")
     assert max(map(len, c.warnings)) < 300
-    with pytest.raises(UserError, match=r"cut.json: .*; no file has a measurement to compare"):
+    with pytest.raises(
+        UserError, match=r"cut.json: .*; no file has a measurement, or a plan, to compare"
+    ):
         comparison.read([cut])
     with pytest.raises(UserError, match=r"--baseline 'god' is no measurement; did you mean good\?"):
         comparison.read([tmp_path / "good.json"], "god")

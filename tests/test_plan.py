@@ -207,11 +207,16 @@ def test_the_command_plans_and_writes(tmp_path):
     command = [sys.executable, "scripts/plan.py", "configs/mlp_cancer.py", "--target", "cpu"]
     installed = targets.installed("h100")
     command += ["--target", "h100:2", "--epochs", "10", "--json", str(out)]
+    command += ["--html", str(tmp_path / "plan.html")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(out.read_text())
     assert found["config"] == "configs/mlp_cancer.py"
     assert found["versions"]["jax"] == jax.__version__
+    page = (tmp_path / "plan.html").read_text()
+    assert "mlp_cancer" in page
+    assert "h100:2" in page
+    assert "src=" not in page
     cpu, gpu = found["targets"]
     assert (cpu["target"], cpu["status"], cpu["chip"]) == ("cpu:1", "ok", None)
     assert gpu["status"] == ("ok" if installed else "not installed")
@@ -230,6 +235,7 @@ def test_the_command_plans_and_writes(tmp_path):
         (["--target", "h100:8", "--grid", "moon"], "moon"),
         (["--target", "h100:8", "--tokens", "5"], "gives no tokens"),
         (["--target", "h100:8", "--batch_size", "0"], "batch_size must be"),
+        (["--target", "h100:8", "--json", "no/where.json"], "there is no folder no"),
     ],
 )
 def test_a_mistake_is_one_line(given, message):

@@ -252,5 +252,5 @@ def test_compare(tmp_path):
     assert "times_as_fast" in outs["all.csv"].read_text()
     result = script("compare", bad)
     assert result.returncode == 2
-    assert "no file has a measurement to compare" in result.stderr
+    assert "no file has a measurement, or a plan, to compare" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -60,10 +60,7 @@ class Suite:
 def the_suite(argv: list[str]) -> None:
     flags.apply(os.environ)  # what is measured is what scripts/train.py runs
     options = command.parse(Suite, USAGE, argv)
-    if not options.out.parent.is_dir():
-        command.fail(f"cannot write {options.out}: there is no folder {options.out.parent}")
-    if options.out.is_dir():
-        command.fail(f"cannot write {options.out}: it is a folder")
+    command.check_writable(options.out)
     families = {k: v for k, v in FAMILIES.items() if k in options.only or not options.only}
     with command.one_line_errors(), command.progress(len(families), "family") as (bar, say):
         found = suite.measure(families, options.seconds, options.price, say, bar.update)

@@ -27,7 +27,7 @@ class Comparison:
     plans: Mapping[str, Sequence[Planned]]
     """By the name of the plan's file."""
     baseline: str
-    """One of the results' names."""
+    """One of the results' names; empty: there are plans alone."""
     warnings: Sequence[str]
 
     @property
@@ -109,7 +109,7 @@ class Comparison:
             return unavailable(step.how)
         row = self.matching(planned)
         if row is None:
-            return unavailable("the baseline has measured no step of as many model FLOPs")
+            return unavailable("no step of as many model FLOPs was measured for a baseline")
         ours = row.figures["step_seconds"]
         if ours.value is None:
             return ours
@@ -125,6 +125,8 @@ class Comparison:
 
     def matching(self, planned: Planned) -> Row | None:
         """What the baseline has measured of the work that is planned."""
+        if not self.baseline:
+            return None
         alike = [
             row
             for row in self.results[self.baseline].rows
@@ -152,7 +154,8 @@ def _ratio(drawn: np.ndarray, what: str) -> Figure:
 def read(paths: Sequence[pathlib.Path], baseline: str | None = None) -> Comparison:
     """Files of the suite and of plans. A file that cannot be used becomes a warning.
 
-    Raises UserError where no file has a measurement, or none is called `baseline`.
+    Raises UserError where no file has a measurement or a plan, or no measurement is called
+    `baseline`.
     """
     found: dict[str, Result] = {}
     planned: dict[str, Sequence[Planned]] = {}
@@ -169,18 +172,29 @@ def read(paths: Sequence[pathlib.Path], baseline: str | None = None) -> Comparis
         except UserError as error:
             line = str(error)
             warnings.append(line if len(line) < _LINE else f"{line[:_LINE]} ...")
-    if not found:
-        raise UserError("; ".join([*warnings, "no file has a measurement to compare"]))
+    if not found and not planned:
+        raise UserError("; ".join([*warnings, "no file has a measurement, or a plan, to compare"]))
     if baseline is not None and baseline not in found:
         raise UserError(
             f"--baseline {baseline!r} is no measurement"
             f"{experiments.did_you_mean(baseline, list(found))}"
         )
-    told = {line: None for of_file in planned.values() for p in of_file for line in p.warnings}
-    warnings += told
-    baseline = baseline or next(iter(found))
-    warnings += _differences(found, baseline)
+    baseline = baseline or next(iter(found), "")
+    warnings += [*_told(planned), *(_differences(found, baseline) if found else ())]
     return Comparison(results=found, plans=planned, baseline=baseline, warnings=warnings)
+
+
+def of_plan(data: Any) -> Comparison:
+    """A plan by itself, as scripts/plan.py --json writes it."""
+    planned = {str(data["config"]): plans.from_json(data)}
+    return Comparison(results={}, plans=planned, baseline="", warnings=_told(planned))
+
+
+def _told(planned: Mapping[str, Sequence[Planned]]) -> list[str]:
+    """Warnings of plans, each once."""
+    return list(
+        dict.fromkeys(line for each in planned.values() for p in each for line in p.warnings)
+    )
 
 
 def _named(path: pathlib.Path, decode: Any, data: Any) -> Any:

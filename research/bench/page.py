@@ -26,20 +26,12 @@ class Cell(NamedTuple):
 def html_page(c: Comparison) -> str:
     """The whole file."""
     template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    names = [html.escape(name) for name in c.results]
-    title = f"{' and '.join(names) if len(names) < 3 else f'{len(names)} machines'} compared"
-    parts = (
-        _opening(c),
-        _warnings(c),
-        _overview(c),
-        _speed(c),
-        _target(c),
-        _start(c),
-        _rooflines(c),
-        _plans(c),
-        _machines(c),
-        _meanings(),
-    )
+    names = [html.escape(name) for name in c.results or c.plans]
+    title = " and ".join(names) if len(names) < 3 else f"{len(names)} machines"
+    measured = (_overview, _speed, _target, _start, _rooflines, _plans, _machines, _meanings)
+    sections = (_opening, _warnings, *(measured if c.results else (_plans,)))
+    parts = [section(c) for section in sections]
+    title += " compared" if c.results else " planned"
     return string.Template(template).substitute(title=title, body="\n".join(filter(None, parts)))
 
 
@@ -111,8 +103,9 @@ def _amount(found: Figure, unit: str) -> Cell:
 
 def _opening(c: Comparison) -> str:
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    baseline = f"Baseline: <b>{html.escape(c.baseline)}</b>. " if c.baseline else ""
     return (
-        f'<p class="soft">Baseline: <b>{html.escape(c.baseline)}</b>. Written {day}. Point at a '
+        f'<p class="soft">{baseline}Written {day}. Point at a '
         "figure, or press it, for how it was got. ~ is an estimate, &lt; an upper and &gt; a lower "
         "bound; smaller figures are the ends of an interval. Heads of columns sort.</p>"
     )
@@ -348,7 +341,7 @@ def _machines(c: Comparison) -> str:
     return "\n".join(parts)
 
 
-def _meanings() -> str:
+def _meanings(_: Comparison) -> str:
     rows = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(kind.words)}"
         f"{f', {kind.unit}' if kind.unit else ''}</dd>"

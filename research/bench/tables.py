@@ -18,7 +18,8 @@ _NOTE = (
 
 def text(c: Comparison) -> str:
     """The machines, their ratios over all models, a row for each model and machine, the plans."""
-    parts = [_machines(c), _models(c), _plans(c)] if c.plans else [_machines(c), _models(c)]
+    parts = [_machines(c), _models(c)] if c.results else []
+    parts += [_plans(c)] if c.plans else []
     first, *others = (run.aligned(rows, left={0, 1}) for rows in parts)
     left = {name: c.left_out(name) for name in c.results}
     notes = [f"{name}: without {', '.join(models)}" for name, models in left.items() if models]
