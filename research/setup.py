@@ -367,7 +367,7 @@ def _check_mesh(
     copies = parallel.copies(mesh)
     parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, copies)
     if heads := _heads(experiment.model):
-        parallel.check_divides(*heads, mesh.shape["tensor"])
+        _check_axis("tensor", mesh, *heads)
     parts = experiment.accumulate * copies
     if batch_size % parts:
         raise UserError(
@@ -380,6 +380,17 @@ def _check_mesh(
         _check_context(model, inputs, mesh.shape["context"])
     if mesh.shape["pipeline"] > 1:
         _check_pipeline(experiment, model, batch_size, mesh)
+
+
+def _check_axis(axis: str, mesh: Mesh, field: str, size: int) -> None:
+    """Raises UserError where an axis of the mesh does not divide what it is to split."""
+    parts = mesh.shape[axis]
+    if size % parts:
+        below = next(n for n in range(parts - 1, 0, -1) if size % n == mesh.size % n == 0)
+        raise UserError(
+            f"{field} {size} does not divide over parallel.{axis} {parts}; nearest that do: "
+            f"parallel.{axis} {below}, or {field} {parallel.nearest(size, parts)}"
+        )
 
 
 def _heads(model: Any) -> tuple[str, int] | None:
@@ -439,7 +450,7 @@ def _check_pipeline(experiment: Experiment, model: Any, batch_size: int, mesh: M
             f"{type(model).__name__} has none"
         )
     layers = getattr(experiment.model, "layers", stages)
-    parallel.check_divides("model.layers", layers, stages)
+    _check_axis("pipeline", mesh, "model.layers", layers)
     least = math.lcm(parts, stages) * parallel.copies(mesh)
     sizes = {"batch_size": batch_size // experiment.accumulate}
     sizes |= {"eval_batch_size": experiment.eval_batch_size or batch_size}
