@@ -85,11 +85,17 @@ STAGES = {
     "pipeline, data": {"pipeline": 2, "data": 2, "microbatches": 2},
     "pipeline, fsdp": {"pipeline": 2, "fsdp": 2, "microbatches": 2},
 }
-SPREADS = MESHES | SEQUENCES | STAGES
+REPLICAS = {
+    "replica, data": {"replica": 2, "data": 2},
+    "replica, fsdp": {"replica": 2, "fsdp": 2},
+}
+SPREADS = MESHES | SEQUENCES | STAGES | REPLICAS
 PAIRS = [
     *((name, mesh) for name in FAMILIES for mesh in MESHES),
     *((name, mesh) for name in ("transformer", "packed", "encoder") for mesh in SEQUENCES),
     *((name, mesh) for name in ("transformer", "packed") for mesh in STAGES),
+    # Rows over a second axis, as over the first: with statistics, and with a carry.
+    *((name, mesh) for name in ("mlp", "resnet", "lstm") for mesh in REPLICAS),
 ]
 RUNS = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] == "all" else []) for pair in PAIRS]
 RUNS.append(pytest.param("recomputed", "fsdp", marks=pytest.mark.slow))
