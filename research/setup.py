@@ -291,6 +291,11 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         _check_classes(data)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
+    shares, clients = getattr(data["train"], "shares", None), experiment.local.clients
+    if experiment.local.active and shares is not None and len(shares) != clients:
+        raise UserError(
+            f"local.clients {clients} is not data.clients {len(shares)}: every client has one share"
+        )
     mesh = experiment.parallel.mesh(batch_size, devices)
     first = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
