@@ -103,7 +103,9 @@ def gone() -> str | None:
     """Which processes are no more, where a collective has failed; None: all are here."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _gone.extend(_absent("ergon/gone", _LEAVE))
-    return f"{cluster.named(_gone, count())} is no more" if _gone else None
+    if not _gone:
+        return None
+    return f"{cluster.named(_gone, count())} {'are' if len(_gone) > 1 else 'is'} no more"
 
 
 def decided(decide: Callable[[], Any]) -> Any:

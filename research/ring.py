@@ -105,7 +105,8 @@ def _values(causal: bool, q: Any, k: Any, v: Any, segments: Any, size: int) -> A
         scores = _scores(q_, k, segments_q, segments_k, pair)
         largest = jnp.maximum(most, scores.max(-1))
         weights, scale = jnp.exp(scores - largest[..., None]), jnp.exp(most - largest)
-        new = jnp.einsum("bqkgs,bskh->bqkgh", weights.astype(v.dtype), v).astype(old.dtype)
+        weights_ = weights.astype(v.dtype)
+        new = jnp.einsum("bqkgs,bskh->bqkgh", weights_, v, preferred_element_type=old.dtype)
         found = old * scale[..., None] + new, largest, total * scale + weights.sum(-1)
         return _with(so_far, pair.queries, found)
 

@@ -119,13 +119,17 @@ class Setup:
 
     def scaled(self, over: Parallel, devices: Sequence[jax.Device], times: int) -> "Setup":
         """The same on other devices with so many times the rows, for its program alone: the rows
-        are not there."""
+        are not there. Raises UserError as `prepare` does of a mesh."""
         rows = self.batch_size * times
         first = {k: np.broadcast_to(v[:1], (rows, *v.shape[1:])) for k, v in self.first.items()}
+        # What is evaluated is no part of the program.
+        e = dataclasses.replace(self.experiment, parallel=over, eval_batch_size=None)
+        mesh = over.mesh(rows, devices)
+        _check_mesh(e, self.model, first["inputs"], rows, mesh)
         return dataclasses.replace(
             self,
-            experiment=dataclasses.replace(self.experiment, parallel=over),
-            mesh=over.mesh(rows, devices),
+            experiment=e,
+            mesh=mesh,
             batch_size=rows,
             first=first,
         )
@@ -287,19 +291,12 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         _check_classes(data)
     batch_size = experiment.batch_size or len(data["train"])
     data["train"].check(batch_size)
-    mesh = experiment.parallel.mesh(batch_size, devices)
-    copies = parallel.copies(mesh)
-    parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, copies)
-    tensor, heads = mesh.shape["tensor"], _heads(experiment.model)
-    if heads is not None:
-        parallel.check_divides(*heads, tensor)
-    parts = experiment.accumulate * copies
-    if batch_size % parts:
+    shares, clients = getattr(data["train"], "shares", None), experiment.local.clients
+    if experiment.local.active and shares is not None and len(shares) != clients:
         raise UserError(
-            f"batch_size {batch_size} does not divide into accumulate = {experiment.accumulate} "
-            f"parts over {copies} devices; "
-            f"nearest that does: {parallel.nearest(batch_size, parts)}"
+            f"local.clients {clients} is not data.clients {len(shares)}: every client has one share"
         )
+    mesh = experiment.parallel.mesh(batch_size, devices)
     first = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
     if experiment.precision != "float32":
@@ -312,16 +309,12 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
             optimizer.check(variables(model)[0])
         except ValueError as error:
             raise UserError(f"{field}: {error}") from None
-    _check_local(experiment, batch_size, mesh)
     if "reset" in first and not hasattr(model, "initial_carry"):
         raise UserError(
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
             f"no state between batches (it has no initial_carry): set {_alone(experiment.data)}"
         )
-    if mesh.shape["context"] > 1:
-        _check_context(model, first["inputs"], mesh.shape["context"])
-    if mesh.shape["pipeline"] > 1:
-        _check_pipeline(experiment, model, batch_size, mesh)
+    _check_mesh(experiment, model, first["inputs"], batch_size, mesh)
     if "segments" in first and "segments" not in inspect.signature(model.__call__).parameters:
         raise UserError(
             f"data gives packed rows of several documents, and {type(model).__name__} cannot tell "
@@ -342,6 +335,7 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         optimizer=experiment.outer.make(),
         first=first,
     )
+    tensor = mesh.shape["tensor"]
     if tensor > 1 and not any("tensor" in s.spec for s in jax.tree.leaves(setup.shardings.params)):
         raise UserError(
             f"parallel.tensor {tensor}: no rule of parallel.RULES splits a parameter of "
@@ -369,6 +363,39 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         if wanted not in metrics:
             raise UserError(f"{field}: no metric {wanted!r}{did_you_mean(wanted, metrics)}")
     return setup
+
+
+def _check_mesh(
+    experiment: Experiment, model: Any, inputs: np.ndarray, batch_size: int, mesh: Mesh
+) -> None:
+    """Raises UserError where the batches, the clients or the model do not divide over the mesh."""
+    copies = parallel.copies(mesh)
+    parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, copies)
+    if heads := _heads(experiment.model):
+        _check_axis("tensor", mesh, *heads)
+    parts = experiment.accumulate * copies
+    if batch_size % parts:
+        raise UserError(
+            f"batch_size {batch_size} does not divide into accumulate = {experiment.accumulate} "
+            f"parts over {copies} devices; "
+            f"nearest that does: {parallel.nearest(batch_size, parts)}"
+        )
+    _check_local(experiment, batch_size, mesh)
+    if mesh.shape["context"] > 1:
+        _check_context(model, inputs, mesh.shape["context"])
+    if mesh.shape["pipeline"] > 1:
+        _check_pipeline(experiment, model, batch_size, mesh)
+
+
+def _check_axis(axis: str, mesh: Mesh, field: str, size: int) -> None:
+    """Raises UserError where an axis of the mesh does not divide what it is to split."""
+    parts = mesh.shape[axis]
+    if size % parts:
+        below = next(n for n in range(parts - 1, 0, -1) if size % n == mesh.size % n == 0)
+        raise UserError(
+            f"{field} {size} does not divide over parallel.{axis} {parts}; nearest that do: "
+            f"parallel.{axis} {below}, or {field} {parallel.nearest(size, parts)}"
+        )
 
 
 def _heads(model: Any) -> tuple[str, int] | None:
@@ -428,7 +455,7 @@ def _check_pipeline(experiment: Experiment, model: Any, batch_size: int, mesh: M
             f"{type(model).__name__} has none"
         )
     layers = getattr(experiment.model, "layers", stages)
-    parallel.check_divides("model.layers", layers, stages)
+    _check_axis("pipeline", mesh, "model.layers", layers)
     least = math.lcm(parts, stages) * parallel.copies(mesh)
     sizes = {"batch_size": batch_size // experiment.accumulate}
     sizes |= {"eval_batch_size": experiment.eval_batch_size or batch_size}

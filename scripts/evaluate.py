@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from research import checkpoint, command, hosts, run, setup
+from research.parallel import Parallel
 
 USAGE = "python scripts/evaluate.py RUN --split SPLIT [--json FILE]"
 
@@ -25,6 +26,8 @@ class Options:
     json: Path | None = None
     """Also write {"step", "split", "metrics", "tables"} to this file, and under "ema" what the
     moving average of the parameters reaches."""
+    parallel: Parallel = Parallel()
+    """The mesh; where none of it is given, the one that the run was trained on."""
     allow: tuple[str, ...] = ()
     """Further packages whose classes the run's config.json may name."""
 
@@ -37,7 +40,10 @@ def main() -> None:
 def evaluate() -> None:
     options = command.parse(Options, USAGE)
     run.read(options.run, "config.json")
-    ready = setup.prepare(command.load(options.run, options.allow))
+    experiment = command.load(options.run, options.allow)
+    if options.parallel != Parallel():
+        experiment = dataclasses.replace(experiment, parallel=options.parallel)
+    ready = setup.prepare(experiment)
     run.check_data(options.run, ready.fingerprint)
     setup.find(ready.splits, options.split)
     saved = options.run / "checkpoints"

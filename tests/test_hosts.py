@@ -274,6 +274,17 @@ def test_one_that_was_killed_is_named(start):
     assert first[2].count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("absent", "said"),
+    [([], None), ([2], "process 2 of 4 is no more"), ([1, 3], "processes 1, 3 of 4 are no more")],
+)
+def test_those_that_are_gone_are_named(monkeypatch, absent, said):
+    monkeypatch.setattr(hosts, "_absent", lambda key, seconds: absent)
+    monkeypatch.setattr(hosts, "_gone", [])
+    monkeypatch.setattr(hosts, "count", lambda: 4)
+    assert hosts.gone() == said
+
+
 def test_those_that_do_not_start_are_named(start):
     said = {
         (0, 2): "error: processes 1, 3 of 4 did not come to the start within 6 s\n",

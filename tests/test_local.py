@@ -178,6 +178,12 @@ def test_no_client_is_left_without_examples():
         deal(np.zeros(7, int), 8, None, seed=0)
 
 
+def test_as_many_shares_as_clients():
+    e = tiny.mlp(data=Shares(data=tiny.Points(), clients=2), local=Local(clients=4))
+    with pytest.raises(UserError, match=r"local\.clients 4 is not data\.clients 2: every client"):
+        prepare(e, tiny.ONE)
+
+
 def test_shares_of_texts_are_refused():
     with pytest.raises(UserError, match="shares are of examples in memory"):
         Shares(data=tiny.Words(), clients=2).load()

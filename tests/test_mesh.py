@@ -85,11 +85,17 @@ STAGES = {
     "pipeline, data": {"pipeline": 2, "data": 2, "microbatches": 2},
     "pipeline, fsdp": {"pipeline": 2, "fsdp": 2, "microbatches": 2},
 }
-SPREADS = MESHES | SEQUENCES | STAGES
+REPLICAS = {
+    "replica, data": {"replica": 2, "data": 2},
+    "replica, fsdp": {"replica": 2, "fsdp": 2},
+}
+SPREADS = MESHES | SEQUENCES | STAGES | REPLICAS
 PAIRS = [
     *((name, mesh) for name in FAMILIES for mesh in MESHES),
     *((name, mesh) for name in ("transformer", "packed", "encoder") for mesh in SEQUENCES),
     *((name, mesh) for name in ("transformer", "packed") for mesh in STAGES),
+    # Rows over a second axis, as over the first: with statistics, and with a carry.
+    *((name, mesh) for name in ("mlp", "resnet", "lstm") for mesh in REPLICAS),
 ]
 RUNS = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] == "all" else []) for pair in PAIRS]
 RUNS.append(pytest.param("recomputed", "fsdp", marks=pytest.mark.slow))
@@ -213,9 +219,10 @@ def test_layers_are_recomputed_as_they_are_on_one_device(remat):
 
 
 def test_heads_and_models_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"model\.heads 2 does not divide over 4 devices; .*: 4$"):
+    near = r"parallel\.tensor 4; nearest that do: parallel\.tensor 2, or model\.heads 4$"
+    with pytest.raises(UserError, match=rf"^model\.heads 2 does not divide over {near}"):
         on({"tensor": 4}, tiny.transformer())
-    with pytest.raises(UserError, match=r"model\.kv_heads 2 does not divide over 4 devices"):
+    with pytest.raises(UserError, match=r"model\.kv_heads 2 .* parallel\.tensor 4"):
         on({"tensor": 4}, encoder())
     with pytest.raises(UserError, match=r"no rule of .* splits a parameter of Scale"):
         on({"tensor": 2}, tiny.scale())
@@ -243,7 +250,8 @@ def test_heads_and_models_that_do_not_divide_are_refused():
         (
             {"pipeline": 4},
             tiny.transformer(),
-            "model.layers 2 does not divide over 4 devices; nearest that do: 4",
+            "model.layers 2 does not divide over parallel.pipeline 4; nearest that do: "
+            "parallel.pipeline 2, or model.layers 4",
         ),
         (
             {"pipeline": 2, "microbatches": 3},

@@ -8,6 +8,7 @@ import tiny
 from research import UserError
 from research.bench import scaling
 from research.compute import targets
+from research.local import Local
 from research.parallel import Parallel
 from research.setup import prepare
 
@@ -59,3 +60,22 @@ def test_what_cannot_grow_so_is_refused():
         list(scaling.measure(tiny.lstm(parallel=Parallel(tensor=2)), "h100", (9,), "data"))
     with pytest.raises(UserError, match="--devices: h100: devices are up to 8"):
         list(scaling.measure(tiny.lstm(batch_size=4), "h100", (12,), "data"))
+
+
+@pytest.mark.parametrize(
+    ("e", "message"),
+    [
+        (tiny.transformer(parallel=Parallel(tensor=4)), "model.heads 2 does not divide over"),
+        (tiny.mlp(parallel=Parallel(pipeline=2)), "stages are of a Transformer's scanned layers"),
+        (tiny.mlp(local=Local(clients=2)), "local.clients 2 does not divide over 4 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_model_is_refused_before_it_is_compiled(e, message):
+    ahead.devices("cuda")
+    with pytest.raises(UserError, match=message):
+        list(scaling.measure(e, "h100", (4,), "data"))
+
+
+def test_rows_that_are_evaluated_at_once_do_not_matter():
+    setup = prepare(tiny.mlp(eval_batch_size=1), tiny.ONE)
+    assert setup.scaled(Parallel(), jax.devices(), 8).mesh.size == 8

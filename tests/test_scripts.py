@@ -88,6 +88,21 @@ def test_evaluate(trained, tmp_path):
     assert right == pytest.approx(found["metrics"]["accuracy"])
 
 
+def test_a_run_is_evaluated_on_another_mesh_than_it_was_trained_on(tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "4")
+        ok("train", *MLP, "--parallel.fsdp", "2", "--parallel.tensor", "2", "--workdir", workdir)
+    result = script("evaluate", workdir)
+    assert result.returncode == 2
+    assert result.stderr.endswith("and there are 1 devices; nearest that fit: data 1\n")
+    ok("evaluate", workdir, "--parallel.data", "1", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    assert found == pytest.approx(
+        json.loads((workdir / "summary.json").read_text())["metrics"]["test"], rel=1e-5
+    )
+
+
 def test_evaluate_gives_the_moving_average_and_the_best(tmp_path):
     stop = ["--early_stop.keep_best", "True", "--early_stop.metric", "auc"]
     rates = ["--eval_every", "20", "--early_stop.goal", "max", "--ema", "0.9"]

@@ -44,6 +44,9 @@ def measure(
     data: Any = base.data
     if not base.local.active or not isinstance(data, Shares):
         raise UserError("benchmark clients: needs a config with local.clients and shares of data")
+    for flag, given in (("--every", steps), ("--seeds", seeds)):
+        if not given:
+            raise UserError(f"{flag} needs at least one number")
     rows = (base.batch_size or 0) // base.local.steps
     total = base.steps * base.local.steps
     if bad := [n for n in steps if n < 1 or total % n]:
