@@ -221,15 +221,27 @@ def _ruled(
     spec = list(asked)
     whole: list[str] = []
     for i, names in enumerate(asked):
-        names = (names,) if isinstance(names, str) else names or ()
-        if shape[i] % math.prod(sizes[name] for name in names):
-            whole += names
+        if shape[i] % _size(names, sizes):
+            whole += (names,) if isinstance(names, str) else names
             spec[i] = None
+    if "fsdp" in whole:
+        taken = [names if _size(names, sizes) > 1 else None for names in spec]
+        if any(other := _fsdp(shape, sizes["fsdp"], taken)):
+            spec = [a or b for a, b in itertools.zip_longest(taken, other)]
+            whole.remove("fsdp")
     return Placement(P(*spec), pattern, tuple(whole))
 
 
-def _fsdp(shape: tuple[int, ...], size: int) -> P:
-    divisible = [(n, -i) for i, n in enumerate(shape) if n % size == 0 and n >= size]
+def _size(names: Any, sizes: Mapping[str, int]) -> int:
+    """Devices of an entry of a spec."""
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(sizes[name] for name in names)
+
+
+def _fsdp(shape: tuple[int, ...], size: int, taken: Sequence[Any] = ()) -> P:
+    """Along the largest dimension that divides and is not taken, of an array worth splitting."""
+    free = [place is None for place in (*taken, *[None] * (len(shape) - len(taken)))]
+    divisible = [(n, -i) for i, n in enumerate(shape) if free[i] and n % size == 0 and n >= size]
     if size == 1 or math.prod(shape) < 2 * size or not divisible:
         return P()
     axis = -max(divisible)[1]

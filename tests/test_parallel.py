@@ -132,6 +132,22 @@ def test_rules_win_over_the_fallback_and_the_first_match_wins():
     assert shards(rules[1:], **whole)["kernel"] == (64, 16)
 
 
+@pytest.mark.parametrize(
+    ("whole", "part"),
+    [
+        ((30, 64), (30, 8)),  # 30 does not divide: the other dimension does
+        ((64, 30), (8, 30)),
+        ((30, 30), (30, 30)),
+        ((4, 30, 64), (4, 30, 8)),
+    ],
+)
+def test_a_rule_that_does_not_divide_leaves_fsdp_another_dimension(whole, part):
+    assert shards([("kernel", P("fsdp", "tensor"))], kernel=whole) == part
+    sizes = dict.fromkeys(("replica", "pipeline", "data", "context"), 1) | {"fsdp": 2, "tensor": 4}
+    found = parallel.placement("kernel", (3, 8), sizes, [("kernel", P("fsdp", "tensor"))])
+    assert (found.spec, found.whole) == (P(None, "tensor"), ("fsdp",))
+
+
 def test_rules_read_paths():
     mesh = Parallel(fsdp=8).mesh(8)
     kernel = jax.ShapeDtypeStruct((16, 16), jnp.float32)
