@@ -58,7 +58,7 @@ def test_what_cannot_grow_so_is_refused():
     ahead.devices("cuda")
     with pytest.raises(UserError, match="--devices 9 does not divide by the other axes' 2"):
         list(scaling.measure(tiny.lstm(parallel=Parallel(tensor=2)), "h100", (9,), "data"))
-    with pytest.raises(UserError, match="--devices: h100: devices are up to 8"):
+    with pytest.raises(UserError, match="--devices: h100:12: h100 come up to 8"):
         list(scaling.measure(tiny.lstm(batch_size=4), "h100", (12,), "data"))
 
 
