@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import several
+import yaml
 from jax._src import clusters, distributed
 
 from research import UserError, checkpoint, cluster, flags, hosts
@@ -429,7 +430,43 @@ def test_what_the_flags_of_cuda_change(given, overlapped):
     assert f"found {overlapped}" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["train.sbatch", "tpu_vm.sh"])
+def said(folder, name, command, **environment):
+    """What a program that a launch file calls is called with, as words, and the environment."""
+    program = folder / name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text('#!/bin/bash\nprintf "%s\\n" "$@"; env | grep ^JAX_ | sort\n')
+    program.chmod(0o755)
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | environment
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_skypilots_hosts_find_one_another(tmp_path):
+    task = yaml.safe_load((ROOT / "scripts" / "launch" / "sky.yaml").read_text())
+    hosts = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8", "SKYPILOT_NUM_NODES": "2"}
+    hosts |= {"SKYPILOT_NODE_RANK": "1", "TRAIN": "configs/a.py --model.name 'two words'"}
+    words = said(tmp_path, ".venv/bin/python", ["bash", "-c", task["run"]], **hosts)
+    assert words[:4] == ["scripts/train.py", "configs/a.py", "--model.name", "two words"]
+    told = dict(word.split("=") for word in words[4:])
+    assert cluster.found(told, 1.0) == cluster.Cluster("10.0.0.7:8476", 2, 1, None)
+
+
+def test_xpk_is_given_the_command_whole(tmp_path):
+    script = ROOT / "scripts" / "launch" / "xpk.sh"
+    given = ["run", "configs/a.py", "--model.name", "two words"]
+    words = said(tmp_path, "xpk", ["bash", script, *given], CLUSTER="c", TPU="v5litepod-16")
+    options = dict(zip(words[2::2], words[3::2], strict=False))
+    assert words[:2] == ["workload", "create"]
+    assert options["--workload"] == "run"
+    assert options["--command"].split("scripts/train.py ")[1].strip() == (
+        r"configs/a.py --model.name two\ words"
+    )
+    refused = subprocess.run(["bash", script, "run"], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "the name of the cluster" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "tpu_vm.sh", "xpk.sh"])
 def test_launch_files_are_shell(name):
     path = ROOT / "scripts" / "launch" / name
     subprocess.run(["bash", "-n", path], check=True)
