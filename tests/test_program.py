@@ -25,8 +25,12 @@ def f32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+AS_USERS = {"xla_cpu_use_fusion_emitters": True} if jax.__version__ < "0.11" else {}
+"""Tests' programs are otherwise compiled quickly (conftest.py)."""
+
+
 def of(function, *arguments):
-    return program(jax.jit(function).lower(*arguments).compile())
+    return program(jax.jit(function).lower(*arguments).compile(compiler_options=AS_USERS))
 
 
 def exact(found, flops):

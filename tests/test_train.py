@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -170,12 +171,14 @@ def test_batches_placed_many_at_once_are_those_placed_one_by_one(
             fed = [jax.jit(parallel.Block.at)(block, step) for step, block in enumerate(fed, 2)]
         for key, array in fed[0].items():
             assert array.sharding.is_equivalent_to(parallel.batched(setup.mesh), array.ndim), key
-        return bits(state), tiny.rows(tmp_path / name), jax.device_get(fed)
+        losses = [row["loss"] for row in tiny.rows(tmp_path / name) if "loss" in row]
+        return jax.device_get(fed), jax.device_get(state.params), losses
 
-    *single, batches = trained("single", 1)
-    *found, taken = trained("together", 3)
-    assert found == single
+    batches, *single = trained("single", 1)
+    taken, *found = trained("together", 3)
     jax.tree.map(np.testing.assert_array_equal, taken, batches)
+    # A program that takes them out of a block may round otherwise.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), found, single)
 
 
 def plain(family, **fields):
