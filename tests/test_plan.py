@@ -85,6 +85,15 @@ def test_a_row_is_of_the_program_that_is_compiled(target):
     assert json.loads(json.dumps(found, allow_nan=False)) is not None
 
 
+def test_a_chip_whose_links_are_not_known_has_no_time():
+    ahead.devices("tpu")  # skips
+    row = plan.answer(tiny.mlp(), targets.place("v2:4"), tries=0)
+    assert (row.status, row.step_seconds, row.mfu) == ("ok", None, None)
+    assert "rate of links is known" in row.reason
+    assert row.bounds["compute"] > 0
+    assert row.json()["examples_per_second"] is None
+
+
 def too_large(elements):
     """A program that keeps several arrays of so many elements."""
 

@@ -246,10 +246,11 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
     found = compute.report(traced, compiled=program, mesh=setup.mesh, reference=reference)
     assert found.program is not None
     memory = _memory(found.program, target, kind)
+    times, unknown = _times(found, setup)
     return dataclasses.replace(
         row,
         status="ok" if memory.over is None else "does not fit",
-        reason="" if memory.over is None else "by the compiler's account of its memory",
+        reason=unknown if memory.over is None else "by the compiler's account of its memory",
         attention=_attention(found),
         flops=found.program.matmul_flops,
         qualifier="exact" if found.program.exact else "estimated",
@@ -257,15 +258,15 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         collectives=tuple(dataclasses.asdict(c) for c in found.program.collectives),
         memory=memory,
         compile_seconds=spent,
-        **_times(found, setup),
+        **times,
     )
 
 
-def _times(found: Report, setup: Setup) -> dict[str, Any]:
-    """What a row says of time; nothing, of a chip without rates."""
+def _times(found: Report, setup: Setup) -> tuple[dict[str, Any], str]:
+    """What a row says of time, and why it says no more."""
     assert found.program is not None
     if not found.rates:
-        return {}
+        return {}, "no peak is known of this device"
     here = setup.mesh.devices.flat[0].platform == "cpu"
     calibration = predict.load(setup.mesh.devices.flat[0]) if here else None
     rates = roofline.of_peaks(calibration.peaks) if calibration else found.rates[0]
@@ -285,11 +286,11 @@ def _times(found: Report, setup: Setup) -> dict[str, Any]:
     try:
         step = predict.predict(found.program, rates, calibration)
     except ValueError as error:
-        return times | {"reason": str(error)}
+        return times, str(error)
     mfu = found.after(step.seconds).utilization(rates)["MFU"]
     seconds = {"value": step.seconds, "low": step.low, "high": step.high}
     said = {"qualifier": "estimated", "basis": step.basis}
-    return times | {"step_seconds": seconds | said, "mfu": mfu.value}
+    return times | {"step_seconds": seconds | said, "mfu": mfu.value}, ""
 
 
 def options(platform: str) -> dict[str, Any]:
