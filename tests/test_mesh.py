@@ -97,8 +97,27 @@ PAIRS = [
     # Rows over a second axis, as over the first: with statistics, and with a carry.
     *((name, mesh) for name in ("mlp", "resnet", "lstm") for mesh in REPLICAS),
 ]
+# Of others' scanned layers: their families' own are one by one.
+PAIRS += [(name, "pipeline") for name in ("scanned encoder", "scanned vit")]
 RUNS = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] == "all" else []) for pair in PAIRS]
 RUNS.append(pytest.param("recomputed", "fsdp", marks=pytest.mark.slow))
+
+
+def scanned(make):
+    """A family whose layers are scanned."""
+
+    def made(**fields):
+        e = make(**fields)
+        return dataclasses.replace(e, model=dataclasses.replace(e.model, scan=True))
+
+    return made
+
+
+OTHERS = {
+    "recomputed": recomputed,
+    "scanned encoder": scanned(encoder),
+    "scanned vit": scanned(tiny.vit),
+}
 
 
 def on(mesh, e):
@@ -122,7 +141,7 @@ def doubled(tree):
 
 
 def family(name):
-    return recomputed if name == "recomputed" else FAMILIES[name]
+    return OTHERS.get(name) or FAMILIES[name]
 
 
 @functools.cache
