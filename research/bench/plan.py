@@ -234,7 +234,7 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
     lowered = traced.lower(lowering_platforms=(target.platform,))
     start = time.perf_counter()
     try:
-        program = lowered.compile(options(target.platform))
+        program = _compile(lowered, options(target.platform))
     except jax.errors.JaxRuntimeError as error:
         memory = exhausted(str(error))
         if memory is None:
@@ -306,6 +306,19 @@ _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _TEMPORARIES = re.compile(
     r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
 )
+
+
+def _compile(lowered: Any, given: dict[str, Any]) -> Any:
+    """With those of the options that this version of jax takes for a device that is not there:
+    0.12 knows some of CUDA's only where the device is."""
+    while True:
+        try:
+            return lowered.compile(given)
+        except jax.errors.JaxRuntimeError as error:
+            found = re.search(r"No such compile option: '(\w+)'", str(error))
+            if found is None or found[1] not in given:
+                raise
+            given = {name: value for name, value in given.items() if name != found[1]}
 
 
 def exhausted(report: str) -> Memory | None:
