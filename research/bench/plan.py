@@ -217,7 +217,19 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
     kind = chips.match(setup.mesh.devices.flat[0].device_kind, target.platform, None)
     traced = setup.step().trace(*setup.abstract_example())
     reference = setup.reference()
-    count = compute.count(reference or traced)
+    lowered = traced.lower(lowering_platforms=(target.platform,))
+    start = time.perf_counter()
+    refused: Memory | None = None
+    try:
+        program = _compile(lowered, options(target.platform))
+    except jax.errors.JaxRuntimeError as error:
+        refused = exhausted(str(error))
+        if refused is None:
+            raise
+        found = Report(count=compute.count(reference or traced))
+    else:
+        spent = time.perf_counter() - start
+        found = compute.report(traced, compiled=program, mesh=setup.mesh, reference=reference)
     row = Row(
         target=str(where),
         status="ok",
@@ -226,24 +238,15 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         devices=setup.mesh.size,
         mesh={k: n for k, n in setup.mesh.shape.items() if n > 1},
         state=_state(setup),
-        model_flops=count.model_flops,
-        model_qualifier=count.qualifier,
+        model_flops=found.count.model_flops,
+        model_qualifier=found.count.qualifier,
         examples=setup.batch_size,
         tokens=tokens(setup.first["inputs"]),
     )
-    lowered = traced.lower(lowering_platforms=(target.platform,))
-    start = time.perf_counter()
-    try:
-        program = _compile(lowered, options(target.platform))
-    except jax.errors.JaxRuntimeError as error:
-        memory = exhausted(str(error))
-        if memory is None:
-            raise
+    if refused is not None:
         return dataclasses.replace(
-            row, status="does not fit", reason="refused by the compiler", memory=memory
+            row, status="does not fit", reason="refused by the compiler", memory=refused
         )
-    spent = time.perf_counter() - start
-    found = compute.report(traced, compiled=program, mesh=setup.mesh, reference=reference)
     assert found.program is not None
     memory = _memory(found.program, target, kind)
     times, unknown = _times(found, setup)
