@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -139,17 +140,25 @@ def _factors(n: int, count: int) -> Iterator[tuple[int, ...]]:
 
 
 def _arranged(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.ndarray:
-    """Devices in the shape of a mesh: a replica is of one slice, or of one process, where these
-    divide so, and what exchanges most is next to one another on the network."""
+    """Devices in the shape of a mesh: of several slices, or processes, each has a part of the
+    axes that come first, where these divide so, and what exchanges most is next to one another on
+    the network."""
     shape = tuple(sizes.values())
-    for kind in ("slice_index", "process_index"):
-        groups = len({getattr(device, kind, 0) for device in devices})
-        if groups > 1 and groups == sizes["replica"]:
+    kinds = ["slice_index"] if devices[0].platform == "tpu" else ["slice_index", "process_index"]
+    for kind in kinds:
+        parts = Counter(getattr(device, kind, None) for device in devices)
+        left = len(parts) if len(set(parts.values())) == 1 else 1
+        outer = []
+        for size in shape:
+            outer.append(math.gcd(size, left))
+            left //= outer[-1]
+        if left == 1 < math.prod(outer):
             return mesh_utils.create_hybrid_device_mesh(
-                (1, *shape[1:]),
-                (groups, *[1] * (len(shape) - 1)),
+                [size // n for size, n in zip(shape, outer, strict=True)],
+                outer,
                 devices,
                 process_is_granule=kind == "process_index",
+                allow_split_physical_axes=True,
             )
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 

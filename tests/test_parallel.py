@@ -76,15 +76,39 @@ def test_axes_multiply_to_the_devices(asked, message):
 
 def test_a_replica_is_one_slice():
     """Of two slices of TPU v5e that are not there, in any order."""
-    if not targets.installed("v5e"):
-        pytest.skip("libtpu, the compiler for TPU, is not installed")
-    found = targets.slices("v5e", 4, 2)
+    found = slices(2)
     for devices in (found, found[::-1], found[::2] + found[1::2]):
         mesh = Parallel(replica=2, fsdp=2).mesh(16, devices)
         assert [{d.slice_index for d in part.flat} for part in mesh.devices] in (
             [{0}, {1}],
             [{1}, {0}],
         )
+
+
+def slices(number):
+    """Devices of so many slices of four TPU v5e."""
+    if not targets.installed("v5e"):
+        pytest.skip("libtpu, the compiler for TPU, is not installed")
+    return targets.devices(targets.place(f"v5e:2x2:{number}"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "outer"),
+    [
+        ({"fsdp": 4}, {"data": 4}),
+        ({"replica": 2, "fsdp": 4}, {"replica": 2, "data": 2}),
+        ({"pipeline": 2, "tensor": 4}, {"pipeline": 2, "data": 2}),
+        ({"data": 1, "fsdp": 16}, {"fsdp": 4}),
+    ],
+)
+def test_slices_part_the_axes_that_come_first(sizes, outer):
+    """And each other axis is within a slice."""
+    mesh = Parallel(**sizes).mesh(64, slices(4))
+    index = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    for axis, (name, size) in enumerate(mesh.shape.items()):
+        lines = np.moveaxis(index, axis, -1).reshape(-1, size)
+        assert {len(np.unique(line)) for line in lines} == {outer.get(name, 1)}
+    assert len(np.unique(index)) == 4
 
 
 @pytest.mark.parametrize(
@@ -259,9 +283,11 @@ for family in (tiny.mlp, tiny.lstm):
     }
     Examples.take = take
 found["taken"] = sum(taken)
-devices = jax.devices()
+mesh = Parallel().mesh(8, [jax.devices()[i] for i in (0, 2, 1, 3)])
+share(mesh, 8)
+mixed = mesh.devices.reshape(-1)[[0, 2, 1, 3]].reshape(mesh.devices.shape)
 try:
-    share(Parallel().mesh(8, [devices[i] for i in (0, 2, 1, 3)]), 8)
+    share(jax.sharding.Mesh(mixed, mesh.axis_names), 8)
 except UserError as error:
     found["apart"] = str(error)
 print("found", json.dumps(found))

@@ -13,7 +13,8 @@ from scipy.optimize import nnls
 
 from research.bench import calibrate, commands
 from research.compute import chips, peaks, predict, roofline
-from research.compute.program import Collective, Kernel, Memory, Product, Program
+from research.compute.links import Collective
+from research.compute.program import Kernel, Memory, Product, Program
 
 H100 = roofline.of_chip(chips.chips()["h100-sxm"])
 

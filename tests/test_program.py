@@ -2,6 +2,7 @@
 TPU v5e (libtpu 0.0.42) and H100 (jax-cuda13-plugin 0.10.2) print it, names and attributes that
 nothing reads left out. With those compilers installed, the programs themselves are compiled."""
 
+import functools
 from types import SimpleNamespace
 
 import ahead
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from research.compute import hlo
-from research.compute.program import Collective, program, read, valid_taps
+from research.compute import hlo, targets
+from research.compute.links import Collective, Level
+from research.compute.program import program, read, valid_taps
 
 N = 64
 SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -969,7 +972,94 @@ def test_other_compilers_collectives(compile_for):
         scan, mesh=mesh, in_specs=SPEC, out_specs=P(None, "model"), check_vma=False
     )
     found = program(compile_for(mapped, f32(512, 256), place=NamedSharding(mesh, SPEC)), mesh)
-    assert found.collectives == [Collective("all-reduce", 4 * 256 * 128, 2, 7, ("data",))]
+    torus = mesh.devices.flat[0].platform == "tpu"
+    span = (Level("torus", 2, lines=(2,)) if torus else Level("node", 2),)
+    assert found.collectives == [Collective("all-reduce", 4 * 256 * 128, 2, 7, ("data",), span)]
+
+
+@pytest.fixture(scope="module")
+def slices():
+    """Four slices of four TPU v5e: two by two of them, and the devices of one."""
+    if not targets.installed("v5e"):
+        pytest.skip("libtpu, the compiler for TPU, is not installed")
+    found = targets.devices(targets.place("v5e:2x2:4"))
+    shaped = mesh_utils.create_hybrid_device_mesh((1, 1, 4), (2, 2, 1), found)
+    return jax.sharding.Mesh(shaped, ("a", "b", "c"))
+
+
+def permuted(mesh, axis, pairs):
+    def f(x):
+        send = functools.partial(lax.ppermute, axis_name=axis, perm=pairs)
+        return jax.shard_map(send, mesh=mesh, in_specs=P(axis), out_specs=P(axis), check_vma=False)(
+            x
+        )
+
+    return f
+
+
+WHOLE = 4 * 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("f", "before", "after", "found"),
+    [
+        (lambda x: x, P("b"), P(), ("all-gather", WHOLE, ("b",), 2)),
+        (lambda x: x, P(("a", "b")), P(), ("all-gather", WHOLE, ("a", "b"), 4)),
+        # In a slice a quarter of the rows gathered from the others; then all from its devices.
+        (lambda x: x, P(("a", "b", "c")), P(), ("all-gather", WHOLE // 4, ("a", "b"), 4)),
+        (
+            lambda x: x.reshape(16, 64, 1024).sum(0),
+            P(("a", "b", "c")),
+            P(),
+            ("all-reduce", 4 * 64 * 1024 // 4, ("a", "b"), 4),
+        ),
+        (
+            lambda x: x.reshape(2, 512, 1024).sum(0),
+            P("b"),
+            P("b"),
+            ("reduce-scatter", WHOLE // 2, ("b",), 2),
+        ),
+        (lambda x: x, P("b"), P(None, "b"), ("all-to-all", WHOLE // 2, ("b",), 2)),
+        ("b", P("b"), P("b"), ("collective-permute", WHOLE // 2, ("b",), 2)),
+        ("a", P("a"), P("a"), ("collective-permute", WHOLE // 2, ("a",), 2)),
+    ],
+)
+def test_what_slices_exchange(slices, f, before, after, found):
+    """XLA compiles one slice's program, where it is sent to the host and received from it."""
+    if isinstance(f, str):
+        f = permuted(slices, f, [(0, 1)])
+    at, to = (NamedSharding(slices, spec) for spec in (before, after))
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    compiled = jax.jit(f, in_shardings=at, out_shardings=to).trace(x)
+    read_from = program(compiled.lower(lowering_platforms=("tpu",)).compile(), slices)
+    assert read_from.exact, (read_from.unknown, read_from.reasons)
+    assert read_from.devices == 16
+    network = [c for c in read_from.collectives if c.span[-1].kind == "network"]
+    kind, size, axes, group = found
+    assert network == [Collective(kind, size, group, 1, axes, (Level("network", group),))]
+    near = [c for c in read_from.collectives if c not in network]
+    assert all(c.axes == ("c",) and c.span[0].kind == "torus" for c in near)
+    assert bool(near) == (before == P(("a", "b", "c")))
+
+
+def test_a_send_that_is_not_understood_is_said():
+    """As libtpu 0.0.42 prints one, its target as none that is known."""
+    text = """HloModule m
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[8]{0}, u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="TARGET",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %d = token[] send-done(%s), channel_id=2, is_host_transfer=true
+  ROOT %c = f32[8]{0} copy(%p)
+}
+"""  # noqa: E501
+    found = read(text)
+    assert not found.exact
+    assert found.reasons == ["all-reduce between slices: groups not understood"]
+    known = read(text.replace("TARGET", "{1,2,3}x{0:0}"))
+    assert known.exact
+    assert known.collectives == [Collective("all-reduce", 32, 3, 1)]
 
 
 # Kernels.

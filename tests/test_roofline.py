@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from research.compute import chips, peaks, program, roofline
-from research.compute.program import Collective, Product, Program
+from research.compute.links import Collective
+from research.compute.program import Product, Program
 
 CHIPS = chips.chips()
 H100 = roofline.of_chip(CHIPS["h100-sxm"])

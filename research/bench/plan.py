@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 
 from research import UserError, compute, flags
-from research.compute import chips, predict, roofline, targets
+from research.compute import chips, links, predict, roofline, targets
 from research.compute.report import Report
 from research.data.outline import outlined
 from research.experiment import Experiment
@@ -258,7 +258,7 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         flops=found.program.matmul_flops,
         qualifier="exact" if found.program.exact else "estimated",
         bytes=found.program.bytes,
-        collectives=tuple(dataclasses.asdict(c) for c in found.program.collectives),
+        collectives=tuple(links.to_json(c, found.link_rates) for c in found.program.collectives),
         memory=memory,
         compile_seconds=spent,
         **times,

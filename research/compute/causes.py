@@ -76,13 +76,14 @@ def executed(count: Count, program: Program) -> list[Difference]:
     filled = {module_of(path)[1] for path in program.filled}
     ungrouped = {module_of(path)[1] for path in program.ungrouped}
 
-    found: dict[str, Counter[str]] = {}
+    found: dict[str, Counter[str]] = {RECOMPUTE: Counter(), MERGED: Counter()}
 
     def book(cause: str, module: str, flops: int) -> None:
         if flops:
             found.setdefault(cause, Counter())[module] += flops
 
     missing: Counter[str] = Counter()
+    merged: Counter[str] = Counter()
     surplus: Counter[str] = Counter()
     times: dict[str, set[int | None]] = {}
     """By module, how often the products of a phase are executed, where that is a whole number."""
@@ -100,9 +101,8 @@ def executed(count: Count, program: Program) -> list[Difference]:
         # What is merged keeps the forward pass's name; where some is recomputed still, the rest
         # may have been merged with that.
         gone = 0 if given["recompute"] or rewritten[module] else asked["recompute"]
-        merged = min(missing[module], gone)
-        missing[module] -= merged
-        book(MERGED, module, -merged)
+        merged[module] = min(missing[module], gone)
+        missing[module] -= merged[module]
         if missing[module] and 4 * missing[module] == imaginary[module]:
             book(COMPLEX, module, -missing.pop(module))
         simple = min(missing[module], rewritten[module])
@@ -133,8 +133,11 @@ def executed(count: Count, program: Program) -> list[Difference]:
         # Of work that every device repeats, all but one device's is surplus.
         elif shared:
             book(REPEATED if repeated else UNEVEN, module, surplus.pop(module))
+        # Products of two modules that read the same may be one, by one of their names.
         else:
-            surplus[module] = _settle(missing, surplus[module])
+            surplus[module] = _settle(merged, _settle(missing, surplus[module]))
+    for module, flops in merged.items():
+        book(MERGED, module, -flops)
     for module, flops in missing.items():
         book(OPAQUE if module in opaque else REMOVED, module, -flops)
     for module, flops in surplus.items():

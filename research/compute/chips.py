@@ -46,11 +46,14 @@ class Chip:
     interconnect: str | None = None
     interconnect_bandwidth: float | None = None
     """Bytes/s to other chips, both directions together."""
+    torus_links: int | None = None
+    """Of a chip in a torus, two a dimension, which the interconnect's rate is shared by; None:
+    chips are joined otherwise."""
     host: str | None = None
     host_bandwidth: float | None = None
     """Bytes/s to the host, both directions together."""
     network_bandwidth: float | None = None
-    """Bytes/s to the data centre's network, in one direction."""
+    """Bytes/s to the data centre's network, in one direction: of GPUs, in their vendor's nodes."""
     power_watts: float | None = None
     """Board power at its highest setting."""
     sparse_bfloat16: float | None = None

@@ -8,6 +8,7 @@ every pair of channels and keeps the diagonal, for one.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from research.compute import hlo, places
+from research.compute import hlo, megascale, places
 from research.compute.hlo import Computation, Instruction, Module, Shape
+from research.compute.links import Collective, Wiring
 
 _Key = TypeVar("_Key")
 COLLECTIVES = frozenset(
@@ -34,13 +36,13 @@ _SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 _MARKS = re.compile(
     r"Sharding|SPMD\w+|AllocateBuffer|CreateBuffer|Pin|Unpin|annotate_device_placement|"
     r"LayoutConstraint|InspectSharding|ConcatBitcast|AssumeGatherIndicesInBound|"
-    r"AsyncCollective(Start|Done)|xla\..*"
+    r"AsyncCollective(Start|Done)|SliceId|xla\..*"
 )
 # And those that move, sort or draw.
 _NO_PRODUCTS = re.compile(
     r"SliceToDynamic|PadToStatic|(__gpu\$)?TopK|MoveToHost|MoveToDevice|GetRngSeed|"
     r"RngBitGenerator|GatherScatterIndicesBitpacked|PartialReduce|ApproxTopK|"
-    r"\w*[tT]hreefry2x32\w*|__cub\$\w+|X64(SplitHigh|SplitLow|Combine)"
+    r"\w*[tT]hreefry2x32\w*|__cub\$\w+|X64(SplitHigh|SplitLow|Combine)|ZeroCrop"
 )
 _BACKWARD = {"__cudnn$convBackwardInput": (2, 1, 0), "__cudnn$convBackwardFilter": (0, 2, 1)}
 
@@ -114,22 +116,6 @@ class _Done(NamedTuple):
     elementwise: int = 0
     singly: int = 0
     transcendentals: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Communication between devices."""
-
-    kind: str
-    """As HLO names it; the start and the end of an asynchronous one together."""
-    bytes: int
-    """Of the whole array on one device: an all-gather's output, a reduce-scatter's input."""
-    group_size: int
-    """Devices that take part together; the largest group."""
-    count: int
-    """Executions on one device."""
-    axes: tuple[str, ...] | None = None
-    """The mesh axes communicated over; None where no mesh was given or none match."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +262,10 @@ def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
     total = _Cost()
     for module in hlo.modules(text):
         if module.entry:
-            found.devices = max(found.devices, module.devices)
             walk, entry = _Walk(module, mesh), module.computations[module.entry]
+            # Of several slices the program is one's.
+            devices = mesh.size if mesh is not None and walk.slice else module.devices
+            found.devices = max(found.devices, devices)
             total.add(walk.cost(_Frame(entry)))
             found.compulsory += walk.compulsory(entry)
         else:
@@ -497,6 +485,8 @@ class _Walk:
             if frame.fused and comp.name.startswith("all-reduce-scatter"):
                 found = dataclasses.replace(found, kind="reduce-scatter")
             total.collectives[found] += 1
+        elif opcode == "send" and (sent := megascale.transfer(i)):
+            total.collectives[self.between_slices(sent, total)] += 1
         if opcode in ("convolution", "custom-call") and "dim_labels" in i.attributes:
             if any(self.zeros(frame, name) for name in i.operands):
                 total.filled.add(path)
@@ -796,14 +786,49 @@ class _Walk:
         if groups is None:
             total.reasons[f"{opcode}: groups not understood"] = None
             return Collective(opcode, size, 0, 0)
-        complete = opcode != "collective-permute"
-        return Collective(opcode, size, max(map(len, groups)), 0, self.axes(groups, complete))
+        return self.grouped(opcode, size, groups, self.slice)
 
-    def axes(self, groups: list[list[int]], complete: bool) -> tuple[str, ...] | None:
+    def between_slices(self, sent: megascale.Transfer, total: _Cost) -> Collective:
+        if sent.groups is None:
+            total.reasons[f"{sent.kind} between slices: groups not understood"] = None
+            return Collective(sent.kind, sent.bytes, 0, 0)
+        if sent.kind == "collective-permute":
+            pairs = itertools.chain.from_iterable(sent.groups)
+            sent = sent._replace(groups=list(_connected(list(pairs))))
+        at = {} if self.mesh is None else {d.id: i for i, d in enumerate(self.mesh.devices.flat)}
+        return self.grouped(sent.kind, sent.bytes, sent.groups or [], at)
+
+    def grouped(
+        self, kind: str, size: int, groups: list[list[int]], at: Mapping[int, int]
+    ) -> Collective:
+        """at: the place in the mesh of each number in the groups."""
+        axes, span = None, None
+        if self.mesh is not None and all(n in at for group in groups for n in group):
+            placed = [[at[n] for n in group] for group in groups]
+            axes = self.axes(self.mesh, placed, kind != "collective-permute")
+            span = self.wiring.span(placed)
+        return Collective(kind, size, max(map(len, groups)), 0, axes, span)
+
+    @functools.cached_property
+    def slice(self) -> dict[int, int]:
+        """The place in the mesh of each device of the program; of several slices, of the first."""
+        if self.mesh is None:
+            return {}
+        slices = [getattr(device, "slice_index", 0) for device in self.mesh.devices.flat]
+        whole = len(slices) == self.module.devices
+        places = [i for i, n in enumerate(slices) if whole or n == slices[0]]
+        return dict(enumerate(places)) if len(places) == self.module.devices else {}
+
+    @functools.cached_property
+    def wiring(self) -> Wiring:
+        assert self.mesh is not None
+        return Wiring(self.mesh.devices.reshape(-1).tolist())
+
+    def axes(
+        self, mesh: jax.sharding.Mesh, groups: list[list[int]], complete: bool
+    ) -> tuple[str, ...] | None:
         """The mesh axes that groups run along; complete if a group must fill them."""
-        if self.mesh is None or self.mesh.size != self.module.devices:
-            return None
-        shape = tuple(self.mesh.shape.values())
+        shape = tuple(mesh.shape.values())
         varies = np.zeros(len(shape), bool)
         for group in groups:
             places = np.array(np.unravel_index(group, shape))
@@ -811,7 +836,7 @@ class _Walk:
         filled = math.prod(n for n, v in zip(shape, varies, strict=True) if v)
         if complete and any(len(group) != filled for group in groups):
             return None
-        return tuple(str(n) for n, v in zip(self.mesh.axis_names, varies, strict=True) if v)
+        return tuple(str(n) for n, v in zip(mesh.axis_names, varies, strict=True) if v)
 
 
 def _by_space(shape: Shape) -> Counter[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from research.compute import causes, roofline
+from research.compute import causes, links, roofline
 from research.compute.count import Count, count, low, trace
 from research.compute.program import Memory, Program, program
 
@@ -46,6 +46,10 @@ class Report:
     @property
     def devices(self) -> int:
         return self.program.devices if self.program else self.count.devices
+
+    @property
+    def link_rates(self) -> links.Links | None:
+        return next((r.links for r in self.rates if r.links), None)
 
     @functools.cached_property
     def differences(self) -> list[causes.Difference]:
@@ -104,7 +108,7 @@ class Report:
         if self.count.devices > 1:
             found["per_device"] = count_json(self.count.per_device)
         if self.program:
-            found["program"] = program_json(self.program)
+            found["program"] = program_json(self.program, self.link_rates)
             found["differences"] = [dataclasses.asdict(d) for d in self.differences]
             found["xla"] = {
                 "flops": self.xla_flops,
@@ -131,7 +135,7 @@ class Report:
         parts = [_totals(self.count)]
         if self.program:
             parts += [self._executed(self.program), _memory(self.program.memory, self.peak_bytes)]
-            parts += [_moved(self.program), self._times()]
+            parts += [_moved(self.program, self.link_rates), self._times()]
         parts += [self.reached()]
         shares = {"module": tree(self.count.by_module), "dtype": list(self.count.by_dtype.items())}
         shares = {"phase": list(self.count.by_phase.items())} | shares
@@ -269,8 +273,8 @@ def count_json(cost: Count) -> dict[str, Any]:
     }
 
 
-def program_json(run: Program) -> dict[str, Any]:
-    """Of one device."""
+def program_json(run: Program, rates: links.Links | None = None) -> dict[str, Any]:
+    """Of one device; rates: of its links, by which messages have their seconds."""
     return {
         "devices": run.devices,
         "matmul_flops": run.matmul_flops,
@@ -281,7 +285,7 @@ def program_json(run: Program) -> dict[str, Any]:
         "bytes": run.bytes,
         "bytes_by_space": {str(space): n for space, n in run.bytes_by_space.items()},
         "compulsory_bytes": run.compulsory,
-        "collectives": [dataclasses.asdict(c) for c in run.collectives],
+        "collectives": [links.to_json(c, rates) for c in run.collectives],
         "memory": run.memory and dataclasses.asdict(run.memory) | {"total": run.memory.total},
     }
 
@@ -346,17 +350,22 @@ def _memory(memory: Memory | None, peak: int | None) -> list[str]:
     return lines
 
 
-def _moved(run: Program) -> list[str]:
+def _moved(run: Program, rates: links.Links | None) -> list[str]:
     lines = [f"moved by a device: {_bytes(run.bytes)}, at least {_bytes(run.compulsory)}"]
-    summed: Counter[tuple[str, str, int]] = Counter()
-    often: Counter[tuple[str, str, int]] = Counter()
-    for c in run.collectives:
-        key = c.kind, "*".join(c.axes) if c.axes else "?", c.group_size
-        summed[key] += c.bytes * c.count
-        often[key] += c.count
-    for (kind, axes, group), n in summed.most_common():
-        times = often[kind, axes, group]
-        lines.append(f"  {kind} over {axes} ({group} devices): {_bytes(n)} in {times:,} messages")
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for each in (links.to_json(c, rates) for c in run.collectives):
+        over = " + ".join(each["span"] or ())
+        key = each["kind"], each["axes"], each["group_size"], over
+        alike.setdefault(key, []).append(each)
+    sent = {key: sum(c["bytes"] * c["count"] for c in found) for key, found in alike.items()}
+    for key in sorted(alike, key=sent.__getitem__, reverse=True):
+        kind, axes, group, over = key
+        line = f"  {kind} over {'*'.join(axes) if axes else '?'} ({group} devices): "
+        line += f"{_bytes(sent[key])} in {sum(c['count'] for c in alike[key]):,} messages"
+        seconds = [c["seconds"] for c in alike[key]]
+        if over and None not in seconds:
+            line += f", {_time(sum(seconds))} over {over}, estimated"
+        lines.append(line)
     return lines
 
 

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from research.compute import chips, peaks
-from research.compute.program import Collective, Program
+from research.compute import chips, links, peaks
+from research.compute.links import Collective, Links
+from research.compute.program import Program
 
 _ON_CHIP = 256 * 2**20
 """Bytes that may stay on the chip from step to step: MI300X's Infinity Cache, the largest there is
@@ -31,8 +32,8 @@ class Rates:
     run; None where no figure exists."""
     bandwidth: Callable[[int], float] = dataclasses.field(repr=False)
     """Bytes/s of memory, by the bytes that a program goes through."""
-    link: float | None
-    """Bytes/s that it sends to other devices; as many are received meanwhile."""
+    links: Links | None
+    """To other devices; None where their rates are not known."""
     on_chip: int = 0
     """Bytes that may have stayed on the chip since the step before."""
 
@@ -53,7 +54,7 @@ def of_chip(chip: chips.Chip) -> Rates:
         f"datasheet, {chip.date}",
         _slowest(lambda dtype: chips.peak(chip, *dtype.split(":"))),
         lambda _: chip.memory_bandwidth,
-        chip.interconnect_bandwidth and chip.interconnect_bandwidth / 2,
+        links.of_chip(chip),
         _ON_CHIP,
     )
 
@@ -150,7 +151,7 @@ class Roofline:
     memory: float
     """Of the bytes at the boundaries of fusions; an estimate, for caches may spare some."""
     communication: float | None
-    """Of the collectives, by ring algorithms at the full rate of the links; an estimate."""
+    """Of the collectives, by rings at the full rate of the links that each takes; an estimate."""
     at_least: float
     """A lower bound: products, the bytes that no fusion spares, and messages that no algorithm
     spares, all at once."""
@@ -182,7 +183,9 @@ def roofline(program: Program, rates: Rates) -> Roofline:
     moved = program.bytes_by_space.get(0, 0)
     compute = compute_seconds(program.by_dtype, rates)
     resident = max(program.compulsory - rates.on_chip, 0)
-    rings, least = (_links(program.collectives, rates.link, f) for f in (_ring, _egress))
+    known = rates.links
+    rings = _messages(program.collectives, known.by_rings if known else None)
+    least = _messages(program.collectives, known.at_least if known else None)
     # Of branches that differ the dearest counted, of an unknown number of trips one.
     certain = not program.reasons
     return Roofline(
@@ -198,20 +201,12 @@ def roofline(program: Program, rates: Rates) -> Roofline:
     )
 
 
-def _links(
-    collectives: Iterable[Collective], link: float | None, sent: Callable[[Collective], float]
+def _messages(
+    collectives: Iterable[Collective], seconds: Callable[[Collective], float] | None
 ) -> float | None:
-    total = sum(sent(c) * c.count for c in collectives)
-    if not total:
-        return 0.0
-    return None if link is None else total / link
-
-
-def _egress(c: Collective) -> float:
-    """Bytes that a device sends at least: an all-reduce's sum may form on the way."""
-    return c.bytes * (1 if c.kind == "collective-permute" else 1 - 1 / max(c.group_size, 1))
-
-
-def _ring(c: Collective) -> float:
-    """Bytes that a device sends around a ring (Patarasuk and Yuan, 2009)."""
-    return _egress(c) * (2 if c.kind == "all-reduce" else 1)
+    """Of all of them; None where a rate is not known."""
+    sent = [c for c in collectives if c.bytes and c.group_size != 1]
+    if seconds is None:
+        return None if sent else 0.0
+    total = sum(seconds(c) * c.count for c in sent)
+    return None if math.isnan(total) else total

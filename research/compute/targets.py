@@ -162,7 +162,7 @@ TARGETS: Mapping[str, TPU | GPU | CPU] = {
     ),
     "cpu": CPU(),
 }
-_HOST = {
+_VARIABLES = {
     # Beside another process that has it loaded.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     # What it would ask a TPU's host for, and complain of not being told.
@@ -173,39 +173,54 @@ _HOST = {
 }
 
 
+_HOST = 4
+"""Chips of a TPU's host, at least."""
+
+
 class Place(NamedTuple):
-    """So many chips of a kind of `TARGETS`: "v5e:4x4", "v5p:64", "h100:8", or "cpu"."""
+    """So many chips of a kind of `TARGETS`: "v5e:4x4", "v5p:64", "v5e:16x16:4", "h100:8", or
+    "cpu"."""
 
     kind: str
     sides: tuple[int, ...] = (1,)
     """Of a TPU's slice; or a number of chips alone."""
+    slices: int = 1
+    """Of a TPU, between which there is the data centre's network."""
 
     @property
     def chips(self) -> int:
-        return math.prod(self.sides)
+        return math.prod(self.sides) * self.slices
 
     def __str__(self) -> str:
-        return f"{self.kind}:{'x'.join(map(str, self.sides))}"
+        several = f":{self.slices}" if self.slices > 1 else ""
+        return f"{self.kind}:{'x'.join(map(str, self.sides))}{several}"
 
 
 def place(text: str) -> Place:
     """Raises ValueError for a kind that is not known and a number that no slice, or hosts, have."""
-    kind, colon, shape = text.partition(":")
+    kind, colon, rest = text.partition(":")
     if kind not in TARGETS:
         raise ValueError(f"no target {kind!r}; there are {', '.join(TARGETS)}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape if colon else "1"):
-        raise ValueError(f"{text}: a target is KIND, KIND:CHIPS or, of TPUs, KIND:4x4")
-    found = Place(kind, tuple(map(int, (shape or "1").split("x"))))
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(:[1-9]\d*)?", rest if colon else "1"):
+        raise ValueError(
+            f"{text}: a target is KIND, KIND:CHIPS or, of TPUs, KIND:4x4 or KIND:4x4:SLICES"
+        )
+    shape, _, slices = rest.partition(":")
+    found = Place(kind, tuple(map(int, (shape or "1").split("x"))), int(slices or 1))
     target, sides = TARGETS[kind], found.sides
+    each = math.prod(sides)
+    if found.slices > 1 and not (isinstance(target, TPU) and each >= _HOST):
+        wanted = f"slices are of TPUs, and of {_HOST} chips or more"
+        raise ValueError(f"{text}: {wanted}")
     if len(sides) > 1 and not (isinstance(target, TPU) and len(sides) == target.dimensions):
         wanted = f"{target.dimensions} sides" if isinstance(target, TPU) else "a number of chips"
         raise ValueError(f"{text}: {kind} has {wanted}")
     if isinstance(target, TPU) and len(sides) > 1:
         if sides[0] % 2 or sides[1] % 2:
             raise ValueError(f"{text}: a TPU's host has 2x2 chips, so that these sides are even")
-    elif isinstance(target, TPU) and (found.chips & (found.chips - 1) or found.chips > target.most):
+    elif isinstance(target, TPU) and (each & (each - 1) or each > target.most):
         raise ValueError(
-            f"{text}: chips are a power of 2 up to {target.most}, or sides, not {found.chips}"
+            f"{text}: chips are a power of 2 up to {target.most}, or sides, not {each}"
         )
     elif isinstance(target, GPU) and found.chips > target.host and found.chips % target.host:
         raise ValueError(f"{text}: {kind} come up to 8, or in hosts of 8, not {found.chips}")
@@ -226,18 +241,10 @@ def devices(where: Place) -> list[jax.Device]:
         shape = f"{max(chips // target.host, 1)}x1x{min(chips, target.host)}"
         return list(_topology(where.kind, shape).devices)
     alone = len(where.sides) == 1
-    # The smallest slice is a host's four.
-    sides = _sides(max(chips, 4), target.dimensions) if alone else where.sides
-    found = _topology(where.kind, "x".join(map(str, sides))).devices
+    # The smallest slice is a host's.
+    sides = _sides(max(where.sides[0], _HOST), target.dimensions) if alone else where.sides
+    found = _topology(where.kind, "x".join(map(str, sides)), where.slices).devices
     return list(found)[: chips * target.per_chip]
-
-
-def slices(kind: str, count: int, number: int) -> list[jax.Device]:
-    """A number of slices of `count` TPU chips each, between which there is a slower network."""
-    target = TARGETS[kind]
-    assert isinstance(target, TPU)
-    shape = "x".join(map(str, _sides(count, target.dimensions)))
-    return list(_topology(kind, shape, number).devices)
 
 
 def _sides(chips: int, dimensions: int) -> list[int]:
@@ -255,7 +262,7 @@ def _topology(kind: str, shape: str, slices: int = 1) -> Any:
             platform="cuda", target_config=target.description, topology=shape
         )
     assert isinstance(target, TPU)
-    with _environment(_HOST):
+    with _environment(_VARIABLES):
         name = f"{target.topology}:{shape}"
         return topologies.get_topology_desc(name, "tpu", num_slices=slices, **target.options)
 
