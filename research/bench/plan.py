@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 
 from research import UserError, compute, flags
+from research.bench import extrapolation
 from research.compute import chips, links, predict, roofline, targets
 from research.compute.report import Report
 from research.data.outline import outlined
@@ -53,6 +54,8 @@ class Row:
     target: str
     status: Status
     reason: str = ""
+    extrapolated: str | None = None
+    """From which target, that was compiled for; None: from none."""
     chip: str | None = None
     """Its key in chips.toml."""
     chips: int
@@ -211,9 +214,10 @@ def _neighbours(e: Experiment, devices: int) -> Iterator[dict[str, Any]]:
 
 
 def compiled(e: Experiment, where: targets.Place) -> Row:
-    """A row for just these settings."""
+    """A row for just these settings; where there are too many devices, extrapolated from fewer."""
+    few = extrapolation.fewer(e, where)
     target = targets.TARGETS[where.kind]
-    setup = prepare(e, targets.devices(where))
+    setup = prepare(few.experiment, targets.devices(few.place))
     kind = chips.match(setup.mesh.devices.flat[0].device_kind, target.platform, None)
     traced = setup.step().trace(*setup.abstract_example())
     reference = setup.reference()
@@ -230,18 +234,20 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
     else:
         spent = time.perf_counter() - start
         found = compute.report(traced, compiled=program, mesh=setup.mesh, reference=reference)
+    found, read = few.grown(found, setup), tokens(setup.first["inputs"])
     row = Row(
         target=str(where),
         status="ok",
+        extrapolated=str(few.place) if few.times > 1 else None,
         chip=None if kind is None else key(kind),
         chips=where.chips,
-        devices=setup.mesh.size,
-        mesh={k: n for k, n in setup.mesh.shape.items() if n > 1},
+        devices=setup.mesh.size * few.times,
+        mesh={k: n for k, n in few.sizes(setup.mesh).items() if n > 1},
         state=_state(setup),
         model_flops=found.count.model_flops,
         model_qualifier=found.count.qualifier,
-        examples=setup.batch_size,
-        tokens=tokens(setup.first["inputs"]),
+        examples=setup.batch_size * few.times,
+        tokens=read and read * few.times,
     )
     if refused is not None:
         return dataclasses.replace(
@@ -249,6 +255,9 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         )
     assert found.program is not None
     memory = _memory(found.program, target, kind)
+    exact = found.program.exact
+    if few.times > 1:
+        exact, memory = False, dataclasses.replace(memory, qualifier="estimated")
     times, unknown = _times(found, setup)
     return dataclasses.replace(
         row,
@@ -256,7 +265,7 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         reason=unknown if memory.over is None else "by the compiler's account of its memory",
         attention=_attention(found),
         flops=found.program.matmul_flops,
-        qualifier="exact" if found.program.exact else "estimated",
+        qualifier="exact" if exact else "estimated",
         bytes=found.program.bytes,
         collectives=tuple(links.to_json(c, found.link_rates) for c in found.program.collectives),
         memory=memory,

@@ -171,6 +171,7 @@ def table(found: Sequence[Json]) -> str:
         f"{'low .. high':>18}{'MFU':>7}{'per second':>13}{'hours':>10}{'kWh':>10}{'USD':>12}"
     ]
     lines += [_line(row) for row in found]
+    lines += _exchanged(found)
     notes = [note for row in found if (note := _note(row))]
     models = {row["model_flops"] for row in found if "model_flops" in row}
     what = [f"model FLOPs a step: {n:,}" for n in sorted(models)]
@@ -203,6 +204,32 @@ def _line(row: Json) -> str:
     return "".join(cells)
 
 
+def _exchanged(found: Sequence[Json]) -> list[str]:
+    """Of each target a line for each axis that a device sends over, and the links that it takes."""
+    sent: dict[tuple[str, str, str], list[Json]] = {}
+    for row in found:
+        for c in row.get("collectives") or ():
+            if c["bytes"] and c["group_size"] != 1:
+                over = " + ".join(c["span"] or ("links not known",))
+                key = row["target"], " x ".join(c["axes"] or ("axes not known",)), over
+                sent.setdefault(key, []).append(c)
+    lines = [
+        f"{target:12}{axes:>16}{sum(c['bytes'] * c['count'] for c in each) / 1e9:>14.4g}"
+        f"{sum(c['count'] for c in each):>10,}{_shown(_total(each), '.3g'):>10}  {over}"
+        for (target, axes, over), each in sent.items()
+    ]
+    head = (
+        f"{'target':12}{'sent over':>16}{'GB a device':>14}{'messages':>10}{'step, s':>10}  links"
+    )
+    return ["", head, *lines] if lines else []
+
+
+def _total(collectives: Sequence[Json]) -> float | None:
+    """Seconds of all of them."""
+    each = [c["seconds"] for c in collectives]
+    return None if None in each else sum(each)
+
+
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -212,7 +239,9 @@ def _note(row: Json) -> str:
     where, reason = row["target"], row.get("reason", "")
     if row["status"] != "does not fit":
         settings = ", ".join(f"--{k} {v}" for k, v in (row.get("settings") or {}).items())
-        return f"{where}: {settings or reason}" if settings or reason else ""
+        fewer = row.get("extrapolated")
+        said = [settings or reason, f"extrapolated from {fewer}" if fewer else ""]
+        return f"{where}: {'; '.join(filter(None, said))}" if any(said) else ""
     over = (row["memory"] or {}).get("over")
     changes = ", ".join(f"--{name} {value}" for name, value in row["fits_with"].items())
     missing = f"{over / 1e9:.2f} GB too many" if over else "does not fit"

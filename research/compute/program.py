@@ -805,7 +805,9 @@ class _Walk:
         axes, span = None, None
         if self.mesh is not None and all(n in at for group in groups for n in group):
             placed = [[at[n] for n in group] for group in groups]
-            axes = self.axes(self.mesh, placed, kind != "collective-permute")
+            # XLA parts what several slices exchange into what is exchanged within and between.
+            whole = kind != "collective-permute" and self.mesh.size == self.module.devices
+            axes = self.axes(self.mesh, placed, whole)
             span = self.wiring.span(placed)
         return Collective(kind, size, max(map(len, groups)), 0, axes, span)
 
