@@ -211,6 +211,19 @@ def test_a_runs_costs_have_the_band_of_its_steps():
         planning.Costs.of(None, "Nobody", "world")
 
 
+def test_what_a_device_sends_is_said_by_axis_and_links():
+    fields = {"kind": "all-reduce", "bytes": 2 * 10**9, "group_size": 16, "count": 3}
+    wide = fields | {"axes": ["data"], "span": ["node 8", "network 2"], "seconds": 0.5}
+    narrow = wide | {"bytes": 10**9, "span": ["node 4", "network 4"], "seconds": 0.25}
+    near = fields | {"axes": ["fsdp"], "span": ["node 8"], "seconds": None}
+    alone = wide | {"group_size": 1}
+    found = [{"target": "h100:16", "collectives": [narrow, wide, near, alone]}]
+    _, _, first, second = planning._exchanged(found)
+    assert first.split() == ["h100:16", "data", "9", "6", "0.75", *"node 8 + network 2".split()]
+    assert second.split() == ["h100:16", "fsdp", "6", "3", "-", "node", "8"]
+    assert planning._exchanged([{"target": "cpu:1", "collectives": []}]) == []
+
+
 def test_the_command_plans_and_writes(tmp_path):
     out = tmp_path / "plan.json"
     command = [sys.executable, "scripts/plan.py", "configs/mlp_cancer.py", "--target", "cpu"]

@@ -16,7 +16,7 @@ from research import compute
 from research.bench import commands, counters, families, loop, measuring, others, suite, words
 from research.bench import result as results
 from research.bench.families import FAMILIES
-from research.compute import peaks, roofline
+from research.compute import energy, peaks, roofline
 from research.data.bundled import PythonReference
 from research.experiment import Target
 from research.setup import prepare
@@ -151,10 +151,23 @@ def test_counters_are_asked_for_steps_that_fill_their_window():
     assert (found.value, found.qualifier, found.how) == (7.0, "measured", "by a counter")
 
 
-def test_board_power_is_an_estimate():
-    class H100:
-        device_kind, platform = "NVIDIA H100 80GB HBM3", "gpu"
+class H100:
+    device_kind, platform = "NVIDIA H100 80GB HBM3", "gpu"
 
+
+def test_money_is_by_the_price_given_or_by_the_list():
+    taken = results.Figure(value=1800.0, qualifier="measured", how="by the clock")
+    given = bench(device=H100(), price=3.0)._money(taken)
+    assert (given.value, given.how) == (1.5, "target_seconds at 3 USD an hour, as given")
+    listed = bench(device=H100())._money(taken)
+    assert listed.value == energy.cost("h100-sxm", 1, 1800.0).money.value > 0
+    assert "USD a chip-hour" in listed.how
+    assert bench()._money(taken).how.startswith("no price was given: --price takes")
+    absent = results.unavailable("too noisy")
+    assert bench(price=3.0)._money(absent) == absent
+
+
+def test_board_power_is_an_estimate():
     found = bench(device=H100())._energy(None, None, 0.01)
     assert (found.value, found.qualifier) == (pytest.approx(7.0), "estimated")
     assert "700 W" in found.how

@@ -20,7 +20,7 @@ from research.bench import result as results
 from research.bench.families import Family
 from research.bench.others import Others
 from research.bench.result import Figure, Qualifier, Row, unavailable
-from research.compute import chips, peaks, roofline
+from research.compute import chips, energy, peaks, roofline
 from research.compute.report import program_json
 from research.experiment import Experiment
 from research.setup import Setup, prepare
@@ -286,10 +286,15 @@ class Bench:
         """Of a machine rented for just so long."""
         if seconds.value is None:
             return seconds
-        if self.price is None:
+        if self.price is not None:
+            how = f"target_seconds at {self.price:g} USD an hour, as given"
+            return _figure(self.price * seconds.value / 3600, "estimated", how)
+        chip = chips.match(self.device.device_kind, self.device.platform)
+        if chip is None:
             return unavailable("no price was given: --price takes the machine's USD an hour")
-        how = f"target_seconds at {self.price:g} USD an hour, as given"
-        return _figure(self.price * seconds.value / 3600, "estimated", how)
+        cost = energy.cost(chip.key, 1, seconds.value)
+        how = "; ".join([f"target_seconds at {cost.money.basis}", *cost.warnings])
+        return _figure(cost.money.value, "estimated", how, cost.money.basis)
 
 
 def _trained(setup: Setup) -> list[dict[str, Any]]:

@@ -239,7 +239,7 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         target=str(where),
         status="ok",
         extrapolated=str(few.place) if few.times > 1 else None,
-        chip=None if kind is None else key(kind),
+        chip=None if kind is None else kind.key,
         chips=where.chips,
         devices=setup.mesh.size * few.times,
         mesh={k: n for k, n in few.sizes(setup.mesh).items() if n > 1},
@@ -363,11 +363,6 @@ def _attention(found: Report) -> str | None:
         return None
     kinds = {product.kind for product in found.program.products} if found.program else set()
     return "cuDNN flash" if any(k.startswith("__cudnn$fmha") for k in kinds) else "XLA"
-
-
-def key(chip: chips.Chip) -> str:
-    """Of a chip in chips.toml."""
-    return next(name for name, each in chips.chips().items() if each is chip)
 
 
 def tokens(inputs: Any) -> int | None:

@@ -205,21 +205,25 @@ def _line(row: Json) -> str:
 
 
 def _exchanged(found: Sequence[Json]) -> list[str]:
-    """Of each target a line for each axis that a device sends over, and the links that it takes."""
-    sent: dict[tuple[str, str, str], list[Json]] = {}
+    """Of each target a line for each axis that a device sends over, and kind of links that it
+    takes, as those do that take most of the time."""
+    sent: dict[tuple[str, ...], list[Json]] = {}
     for row in found:
         for c in row.get("collectives") or ():
             if c["bytes"] and c["group_size"] != 1:
-                over = " + ".join(c["span"] or ("links not known",))
-                key = row["target"], " x ".join(c["axes"] or ("axes not known",)), over
+                kinds = (level.split()[0] for level in c["span"] or ())
+                key = row["target"], " x ".join(c["axes"] or ("not known",)), *kinds
                 sent.setdefault(key, []).append(c)
-    lines = [
-        f"{target:12}{axes:>16}{sum(c['bytes'] * c['count'] for c in each) / 1e9:>14.4g}"
-        f"{sum(c['count'] for c in each):>10,}{_shown(_total(each), '.3g'):>10}  {over}"
-        for (target, axes, over), each in sent.items()
-    ]
+    lines = []
+    for (target, axes, *_), each in sent.items():
+        longest = max(each, key=lambda c: (c["seconds"] or 0.0, c["bytes"] * c["count"]))
+        lines.append(
+            f"{target:16}{axes:>20}{sum(c['bytes'] * c['count'] for c in each) / 1e9:>14.4g}"
+            f"{sum(c['count'] for c in each):>10,}{_shown(_total(each), '.3g'):>10}  "
+            f"{' + '.join(longest['span'] or ('not known',))}"
+        )
     head = (
-        f"{'target':12}{'sent over':>16}{'GB a device':>14}{'messages':>10}{'step, s':>10}  links"
+        f"{'target':16}{'sent over':>20}{'GB a device':>14}{'messages':>10}{'step, s':>10}  links"
     )
     return ["", head, *lines] if lines else []
 

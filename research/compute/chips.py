@@ -26,6 +26,8 @@ class Chip:
     """A kind of JAX device. Every figure is of one device, a part of a chip where it has several;
     None where its vendor publishes none."""
 
+    key: str
+    """Of its table in chips.toml."""
     name: str
     vendor: str
     kinds: tuple[str, ...]
@@ -69,10 +71,10 @@ class Chip:
 def chips() -> dict[str, Chip]:
     """Every chip of the table, by its key there."""
     text = pathlib.Path(__file__).with_name("chips.toml").read_text(encoding="utf-8")
-    return {key: _chip(row) for key, row in tomllib.loads(text).items()}
+    return {key: _chip(key, row) for key, row in tomllib.loads(text).items()}
 
 
-def _chip(row: dict[str, Any]) -> Chip:
+def _chip(key: str, row: dict[str, Any]) -> Chip:
     devices = row.get("devices_per_chip", 1)
     number, unit = row["memory"].split()
     peaks = {dtype: flops / devices for dtype, flops in row.pop("peaks").items()}
@@ -80,6 +82,7 @@ def _chip(row: dict[str, Any]) -> Chip:
     if "sparse_bfloat16" in row:
         row["sparse_bfloat16"] /= devices
     return Chip(
+        key=key,
         peaks=peaks,
         kinds=tuple(row.pop("kinds")),
         memory_bytes=int(number) * _BYTES[unit] // devices,
