@@ -157,13 +157,14 @@ def _by_roofline(program: Program, rates: roofline.Rates) -> Prediction:
         raise ValueError(f"no {what} is known of {rates.device} for this program ({rates.source})")
     kernels = program.kernels.total()
     return Prediction(
-        seconds=max(bounds.overlapped / USUAL, bounds.at_least),
+        seconds=max(bounds.overlapped / USUAL + kernels * rates.kernel, bounds.at_least),
         low=bounds.at_least,
         high=bounds.serial / POOR + kernels * LAUNCH,
         at_least=bounds.at_least,
         basis=f"not calibrated: {100 * USUAL:.0f}% of the roofline of {rates.device} "
-        f"({rates.source}); from the lower bound to {100 * POOR:.0f}% with nothing overlapped, and "
-        f"{1e6 * LAUNCH:.0f} us for each of {kernels:,} kernels",
+        f"({rates.source}), and {1e6 * rates.kernel:g} us for each of {kernels:,} kernels; from "
+        f"the lower bound to {100 * POOR:.0f}% with nothing overlapped, and {1e6 * LAUNCH:.0f} us "
+        "a kernel",
     )
 
 

@@ -19,6 +19,11 @@ _ON_CHIP = 256 * 2**20
 """Bytes that may stay on the chip from step to step: MI300X's Infinity Cache, the largest there is
 in chips.toml's chips."""
 
+_KERNEL = (3.4e-6, 1e-6)
+"""On a GPU, of a short kernel in a CUDA graph on a V100, 2.9 us of it its own (NVIDIA, Getting
+Started with CUDA Graphs, 2019, https://developer.nvidia.com/blog/cuda-graphs); on a TPU, whose
+program runs without a host, by assumption."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
@@ -36,6 +41,8 @@ class Rates:
     """To other devices; None where their rates are not known."""
     on_chip: int = 0
     """Bytes that may have stayed on the chip since the step before."""
+    kernel: float = 0.0
+    """Seconds that a kernel usually takes, however little it does: estimated."""
 
 
 def datasheet(device: Any) -> Rates | None:
@@ -56,6 +63,7 @@ def of_chip(chip: chips.Chip) -> Rates:
         lambda _: chip.memory_bandwidth,
         links.of_chip(chip),
         _ON_CHIP,
+        _KERNEL[chip.vendor == "Google"],
     )
 
 
