@@ -168,7 +168,7 @@ def table(found: Sequence[Json]) -> str:
     """A line a target, and below it what is to be known of some."""
     lines = [
         f"{'target':12}{'memory, GB':>16}{'executed':>10}{'binds':>9}{'step, s':>11}"
-        f"{'low .. high':>18}{'MFU':>7}{'per second':>13}{'hours':>10}{'kWh':>10}{'USD':>12}"
+        f"{'low .. high':>20}{'MFU':>7}{'per second':>13}{'hours':>10}{'kWh':>10}{'USD':>12}"
     ]
     lines += [_line(row) for row in found]
     lines += _exchanged(found)
@@ -194,7 +194,7 @@ def _line(row: Json) -> str:
         f"{row['target']:12}{held + over:>16}",
         f"{_shown(executed, '.3f'):>10}{row['binds'] or '-':>9}",
         f"{_shown(step and step['value'], '.3g'):>11}",
-        f"{(step and '{low:.2g} .. {high:.2g}'.format(**step)) or '-':>18}",
+        f"{(step and '{low:.2g} .. {high:.2g}'.format(**step)) or '-':>20}",
         f"{_shown(row['mfu'], '.0%'):>7}",
         f"{_shown(row['tokens_per_second'] or row['examples_per_second'], ',.0f'):>13}",
     ]
