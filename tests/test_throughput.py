@@ -5,9 +5,10 @@ import json
 import pathlib
 import re
 
+import ahead
 import pytest
 
-from research.bench import commands, throughput
+from research.bench import bounds, commands, plan, throughput
 from research.bench.throughput import Run, span
 
 
@@ -122,3 +123,42 @@ def test_every_run_has_a_source_and_every_figure_its_words(rows, capsys, tmp_pat
     found = json.loads((tmp_path / "found.json").read_text())
     assert [each["agreeing"] for each in found] == [row.agreeing for row in rows]
     assert found[-1]["published_mfu"] is None
+
+
+def test_a_published_time_is_above_what_its_step_takes_at_least(monkeypatch):
+    """nanoGPT on eight A100. Products bind, so that the bound is passed by as much as MFU says."""
+    ahead.devices("cuda")  # skips
+    (run,) = (run for run in throughput.runs() if run.rows and run.model == "GPT-2 124M")
+    monkeypatch.setattr(throughput, "runs", lambda: [run])
+    (row,) = bounds.measure()
+    assert (row.planned.target, row.planned.mesh) == ("a100:8", {"data": 8})
+    assert row.planned.examples == run.batch
+    low, high = row.seconds
+    assert low == pytest.approx(0.562175)
+    assert high == pytest.approx(0.562185)
+    (found,) = (each for each in throughput.measure())
+    assert 1 < row.over == pytest.approx(1 / found.mfu["full"][1], rel=1e-3)
+    step = row.planned.step_seconds
+    assert step["low"] < low < high < step["high"]
+    assert json.loads(json.dumps(row.to_json(), allow_nan=False))["over_bound"] == row.over
+    _, line = bounds.table([row]).splitlines()
+    assert line.split()[:4] == ["GPT-2", "124M", "a100:8", "60"]
+
+
+def test_a_step_that_is_refused_has_no_bound():
+    run = next(run for run in throughput.runs() if run.rows)
+    planned = plan.Row(
+        target="v6e:256", status="does not fit", reason="refused", chips=1, devices=1, mesh={},
+        state=1, model_flops=1, model_qualifier="exact", examples=1, tokens=None,
+    )  # fmt: skip
+    row = bounds.Row(run, planned)
+    assert row.over is None
+    assert "unavailable: does not fit, refused" in bounds.table([row])
+
+
+def test_layouts_are_of_all_devices():
+    for run in throughput.runs():
+        if run.rows:
+            assert run.chip in bounds.KINDS
+            assert not run.batch or run.batch == run.rows * run.devices
+            assert run.devices % max(run.replica, 1) == 0

@@ -13,6 +13,7 @@ import tyro
 from research import UserError, command, flags, plot, run
 from research.bench import (
     bayes,
+    bounds,
     calibrate,
     clients,
     ledger,
@@ -40,7 +41,7 @@ USAGE = (
     "linear CONFIG [--splits N], loop CONFIG, "
     "input CONFIG [--seconds N] [--torch], peaks [--json FILE], ledger, "
     "optimizers [--workdir DIR], clients CONFIG [--every N ...], "
-    "scaling CONFIG [--kind KIND] [--devices N ...], published [--json FILE], "
+    "scaling CONFIG [--kind KIND] [--devices N ...], published [--bounds] [--json FILE], "
     "calibrate [--rounds N] [--json FILE]}"
 )
 
@@ -367,14 +368,18 @@ def the_scaling(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
+    bounds: bool = False
+    """Compile the steps whose layout is published for their accelerators, and put their times
+    beside the least that they can take."""
     json: Path | None = None
     """Also write the figures, and their sources, to this file."""
 
 
 def the_published(argv: list[str]) -> None:
     options = command.parse(Published, USAGE, argv)
-    rows = list(throughput.measure())
-    print(throughput.table(rows))
+    kind = bounds if options.bounds else throughput
+    rows = list(kind.measure())
+    print(kind.table(rows))
     command.write_json(options.json, [row.to_json() for row in rows])
 
 

@@ -51,6 +51,9 @@ class Run:
     tokens: str | None = None
     seconds: str | None = None
     batch: int = 0
+    rows: int = 0
+    replica: int = 1
+    accumulate: int = 1
     mfu: str | None = None
     teraflops: str | None = None
     note: str = ""
@@ -131,18 +134,22 @@ def model(name: str, context: int) -> TransformerConfig:
     return TransformerConfig(context=context, bias=False, scan=True, **fields)
 
 
-@functools.cache
-def per_token(model: TransformerConfig) -> dict[str, float]:
-    """Model FLOPs a token of a training step on one row, by convention; nothing is compiled."""
-    e = Experiment(
+def experiment(model: TransformerConfig, rows: int = 1) -> Experiment:
+    """A step of AdamW on so many rows."""
+    return Experiment(
         model=model,
         task=NextToken(),
         data=Text(train="", tokens="bytes", length=model.context),
         optimizer=Optimizer(update=Optax("adamw", {"learning_rate": 1e-4})),
-        batch_size=1,
+        batch_size=rows,
         steps=1,
     )
-    setup = prepare(outlined(e), jax.devices()[:1])
+
+
+@functools.cache
+def per_token(model: TransformerConfig) -> dict[str, float]:
+    """Model FLOPs a token of a training step on one row, by convention; nothing is compiled."""
+    setup = prepare(outlined(experiment(model)), jax.devices()[:1])
     found = compute.count(setup.step().trace(*setup.abstract_example()))
     assert found.exact
     assert found.causal_flops is not None

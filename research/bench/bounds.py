@@ -1,0 +1,79 @@
+"""Published times of a step beside the least that it can take: compiled for those accelerators.
+
+Nothing is recomputed, so that the program does no more than any other would; that it fits is not
+asked. Runs whose source says how the devices share the model have a time.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from research.bench import plan, throughput
+from research.bench.throughput import Run
+from research.compute import targets
+from research.data.outline import outlined
+from research.parallel import Parallel
+
+KINDS = {"a100-sxm4-80gb": "a100", "h100-sxm": "h100", "tpu-v5p": "v5p", "tpu-v6e": "v6e"}
+"""Targets, by the keys of chips.toml."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    run: Run
+    planned: plan.Row
+
+    @property
+    def seconds(self) -> throughput.Span:
+        """Of a step, as published: the least and the greatest that its last digit allows."""
+        low, high = self.run.rate
+        each = self.run.rows * self.run.context
+        return each / high, each / low
+
+    @property
+    def over(self) -> float | None:
+        """The published time over the bound; None: the compiler gave no program."""
+        least = self.planned.bounds.get("at_least")
+        return self.seconds[0] / least if least else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "published": dataclasses.asdict(self.run),
+            "seconds": self.seconds,
+            "over_bound": self.over,
+            "planned": self.planned.json(),
+        }
+
+
+def measure() -> Iterator[Row]:
+    for run in throughput.runs():
+        if run.rows and targets.installed(KINDS[run.chip]):
+            yield Row(run, _compiled(run))
+
+
+def _compiled(run: Run) -> plan.Row:
+    e = throughput.experiment(throughput.model(run.model, run.context), run.rows * run.devices)
+    fsdp = run.devices // run.replica if run.replica else 1
+    e = dataclasses.replace(
+        e,
+        parallel=Parallel(replica=max(run.replica, 1), fsdp=fsdp),
+        accumulate=run.accumulate,
+        precision="bfloat16",
+    )
+    return plan.compiled(outlined(e), targets.place(f"{KINDS[run.chip]}:{run.devices}"))
+
+
+def table(rows: Sequence[Row]) -> str:
+    head = f"{'model':14}{'target':10}{'rows':>6}{'published, s':>14}{'bound, s':>10}{'binds':>9}"
+    lines = [f"{head}{'over it':>9}{'planned, s':>12}{'low .. high':>18}"]
+    for row in rows:
+        run, planned, step = row.run, row.planned, row.planned.step_seconds
+        line = f"{run.model:14}{planned.target:10}{run.rows:>6}{sum(row.seconds) / 2:>14.4g}"
+        if row.over is None or step is None:
+            lines.append(f"{line}  unavailable: {planned.status}, {planned.reason}")
+            continue
+        lines.append(
+            f"{line}{planned.bounds['at_least']:>10.4g}{planned.binds or '-':>9}{row.over:>9.2f}"
+            f"{step['value']:>12.4g}{step['low']:>9.3g} .. {step['high']:.3g}"
+        )
+    return "\n".join(lines)
