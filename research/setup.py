@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from research import UserError, evaluate, parallel, record, train
+from research import UserError, evaluate, flash, parallel, record, train
 from research.data import splits
 from research.data.outline import Outline
 from research.data.splits import Batch
@@ -135,12 +135,16 @@ class Setup:
         )
 
     def reference(self) -> Any:
-        """The step traced on one device, where its mathematics is written otherwise for several;
-        None: it is not."""
-        if self.mesh.shape["context"] == self.mesh.shape["pipeline"] == 1:
+        """The step traced on one device, by XLA's attention, where its mathematics is written
+        otherwise; None: it is not."""
+        written = self.mesh.shape["context"] == self.mesh.shape["pipeline"] == 1
+        if written and self.experiment.attention == "xla":
             return None
         one = Parallel().mesh(self.batch_size, self.mesh.devices.reshape(-1)[:1].tolist())
-        alone = dataclasses.replace(self, mesh=one)
+        model = nnx.clone(self.model)
+        for module in _attending(model):
+            module.attention_fn = getattr(module.attention_fn, "plain", module.attention_fn)
+        alone = dataclasses.replace(self, mesh=one, model=model, graph=nnx.graphdef(model))
         return alone.step().trace(*alone.abstract_example())
 
     def abstract_example(self) -> tuple[train.State, Any, Any]:
@@ -315,6 +319,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
             f"no state between batches (it has no initial_carry): set {_alone(experiment.data)}"
         )
     _check_mesh(experiment, model, first["inputs"], batch_size, mesh)
+    if experiment.attention == "cudnn":
+        _flash(experiment, model, mesh, "segments" in first)
     if "segments" in first and "segments" not in inspect.signature(model.__call__).parameters:
         raise UserError(
             f"data gives packed rows of several documents, and {type(model).__name__} cannot tell "
@@ -425,9 +431,34 @@ def _check_local(experiment: Experiment, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def _attending(model: nnx.Module) -> list[Any]:
+    """The modules whose attention another may be put in the place of."""
+    return [module for _, module in nnx.iter_modules(model) if hasattr(module, "attention_fn")]
+
+
+def _flash(experiment: Experiment, model: Any, mesh: Mesh, packed: bool) -> None:
+    """Puts cuDNN's attention in its place. Raises UserError where it does not compute a model's,
+    and on other devices."""
+    platform = mesh.devices.flat[0].platform
+    reasons = {
+        f"{type(model).__name__} has no attention": not _attending(model),
+        f"it is of NVIDIA GPUs, and the devices are {platform}": platform not in ("gpu", "cuda"),
+        "it computes in bfloat16: set precision bfloat16": experiment.precision != "bfloat16",
+        "it cannot tell packed documents apart": packed,
+        "with parallel.context a ring is in its place": mesh.shape["context"] > 1,
+        "not with parallel.pipeline": mesh.shape["pipeline"] > 1,
+        "not with local.clients": experiment.local.active,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"attention cudnn: {reason}")
+    for module in _attending(model):
+        module.attention_fn = flash.Flash(mesh, parallel.BATCH[0], module.attention_fn)
+
+
 def _check_context(model: Any, inputs: np.ndarray, size: int) -> None:
     name = type(model).__name__
-    if not any(hasattr(module, "attention_fn") for _, module in nnx.iter_modules(model)):
+    if not _attending(model):
         raise UserError(f"parallel.context {size}: {name} has no attention that shares a sequence")
     if inputs.ndim != 2 or getattr(model, "token", None) is not None:
         raise UserError(

@@ -444,6 +444,7 @@ experiment. What then counts is named too: something that only the field has a h
 SPEED = {"Experiment.workers", "TFDS.threads"}
 """Fields that change how fast data is made, and none of it: see test_tfds."""
 REFUSES = {
+    "Experiment.attention",  # test_flash.py compiles with it
     "Parallel.data",
     "Parallel.context",
     "Parallel.pipeline",

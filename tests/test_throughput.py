@@ -126,7 +126,8 @@ def test_every_run_has_a_source_and_every_figure_its_words(rows, capsys, tmp_pat
 
 
 def test_a_published_time_is_above_what_its_step_takes_at_least(monkeypatch):
-    """nanoGPT on eight A100. Products bind, so that the bound is passed by as much as MFU says."""
+    """nanoGPT on eight A100. Products bind, so that the bound is passed by as much as MFU says; by
+    cuDNN's attention, where it is there, half of what is masked is not in the bound."""
     ahead.devices("cuda")  # skips
     (run,) = (run for run in throughput.runs() if run.rows and run.model == "GPT-2 124M")
     monkeypatch.setattr(throughput, "runs", lambda: [run])
@@ -137,7 +138,11 @@ def test_a_published_time_is_above_what_its_step_takes_at_least(monkeypatch):
     assert low == pytest.approx(0.562175)
     assert high == pytest.approx(0.562185)
     (found,) = (each for each in throughput.measure())
-    assert 1 < row.over == pytest.approx(1 / found.mfu["full"][1], rel=1e-3)
+    full, causal = (1 / found.mfu[name][1] for name in ("full", "causal"))
+    if row.planned.attention == "XLA":
+        assert row.over == pytest.approx(full, rel=1e-3)
+    else:
+        assert full < row.over < causal
     step = row.planned.step_seconds
     assert step["low"] < low < high < step["high"]
     assert json.loads(json.dumps(row.to_json(), allow_nan=False))["over_bound"] == row.over

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 
-from research import UserError, compute, flags
+from research import UserError, compute, flags, flash
 from research.bench import extrapolation
 from research.compute import chips, links, predict, roofline, targets
 from research.compute.report import Report
@@ -215,8 +215,9 @@ def _neighbours(e: Experiment, devices: int) -> Iterator[dict[str, Any]]:
 
 def compiled(e: Experiment, where: targets.Place) -> Row:
     """A row for just these settings; where there are too many devices, extrapolated from fewer."""
-    few = extrapolation.fewer(e, where)
     target = targets.TARGETS[where.kind]
+    e, stood_in = _attended(e, target)
+    few = extrapolation.fewer(e, where)
     setup = prepare(few.experiment, targets.devices(few.place))
     kind = chips.match(setup.mesh.devices.flat[0].device_kind, target.platform, None)
     traced = setup.step().trace(*setup.abstract_example())
@@ -262,7 +263,9 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
     return dataclasses.replace(
         row,
         status="ok" if memory.over is None else "does not fit",
-        reason=unknown if memory.over is None else "by the compiler's account of its memory",
+        reason="; ".join(filter(None, [stood_in, unknown]))
+        if memory.over is None
+        else "by the compiler's account of its memory",
         attention=_attention(found),
         flops=found.program.matmul_flops,
         qualifier="exact" if exact else "estimated",
@@ -272,6 +275,15 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         compile_seconds=spent,
         **times,
     )
+
+
+def _attended(e: Experiment, target: Any) -> tuple[Experiment, str]:
+    """With attention that the target has, and why it is not the one that was asked for."""
+    there = target.platform == "cuda" and flash.installed()
+    if e.attention == "xla" or there:
+        return e, ""
+    why = f"pip install {flash.PACKAGE}" if target.platform == "cuda" else "of NVIDIA GPUs alone"
+    return dataclasses.replace(e, attention="xla"), f"attention is XLA's, not cuDNN's: {why}"
 
 
 def _times(found: Report, setup: Setup) -> tuple[dict[str, Any], str]:

@@ -27,6 +27,8 @@ COLLECTIVES = frozenset(
     "all-reduce all-gather reduce-scatter all-to-all collective-permute ragged-all-to-all "
     "collective-broadcast".split()
 )
+MASKED = "cuDNN attention: masked parts counted too"
+"""Why FLOPs are not exact where cuDNN may leave out as much as half of its attention's."""
 _FREE = frozenset(
     "tuple get-tuple-element bitcast after-all partition-id replica-id "
     "opt-barrier optimization-barrier domain add-dependency while conditional call async".split()
@@ -1131,6 +1133,6 @@ def _attention(i: Instruction, target: str, operands: list[Shape], total: _Cost)
     if not dims:
         return None
     if config.get("mask_type", "NO_MASK") != "NO_MASK" or config.get("sliding_window_length"):
-        total.reasons["cuDNN attention: masked parts counted too"] = None
+        total.reasons[MASKED] = None
     products = 5 if target.endswith("Backward") else 2
     return 2 * products * math.prod(int(n) for n in dims) * operands[0].dims[-1]

@@ -13,7 +13,7 @@ from typing import Any
 
 from research.compute import chips, links, peaks
 from research.compute.links import Collective, Links
-from research.compute.program import Program
+from research.compute.program import MASKED, Program
 
 _ON_CHIP = 256 * 2**20
 """Bytes that may stay on the chip from step to step: MI300X's Infinity Cache, the largest there is
@@ -195,18 +195,29 @@ def roofline(program: Program, rates: Rates) -> Roofline:
     rings = _messages(program.collectives, known.by_rings if known else None)
     least = _messages(program.collectives, known.at_least if known else None)
     # Of branches that differ the dearest counted, of an unknown number of trips one.
-    certain = not program.reasons
+    certain = not {*program.reasons} - {MASKED}
+    sure = compute_seconds(_sure(program), rates)
     return Roofline(
         compute=compute,
         memory=moved / rates.bandwidth(moved) if moved else 0.0,
         communication=rings,
         at_least=max(
-            compute if compute and certain else 0.0,
+            sure if sure and certain else 0.0,
             resident / rates.bandwidth(program.compulsory) if resident else 0.0,
             least if least and certain else 0.0,
         ),
         intensity=program.matmul_flops / moved if moved else None,
     )
+
+
+def _sure(program: Program) -> dict[str, int]:
+    """FLOPs by dtype, of attention that is masked in part half."""
+    found = dict(program.by_dtype)
+    if MASKED in program.reasons:
+        for product, flops in program.products.items():
+            if product.kind.startswith("__cudnn$fmha"):
+                found[product.dtype] -= flops // 2
+    return found
 
 
 def _messages(
