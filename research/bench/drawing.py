@@ -77,7 +77,10 @@ def _speed(c: Comparison) -> Drawing | None:
         if ratio.value is not None and matched is not None:
             hollow.add(f"{p.target}, planned")
             found.setdefault(f"{p.target}, planned", {})[matched.name] = ratio
-    return _dots(c.models, found, f"times as fast as {c.baseline}, 95% intervals", hollow, one=True)
+    known = [m for m in c.models if any(m in row and row[m].value for row in found.values())]
+    label = f"times as fast as {c.baseline}; 95% intervals"
+    label += ",\nof plans the least and the most" if hollow else ""
+    return _dots(known, found, label, hollow, one=True)
 
 
 def _target(c: Comparison) -> Drawing | None:
@@ -134,7 +137,8 @@ def _few(axis: Axes) -> None:
     """A grid and plain numbers on the logarithmic axis across, however short it is."""
     plain(axis)
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+    subs = (1,) if high > 100 * low else (1, 2, 5)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     short = high < 3 * low
     axis.xaxis.set_minor_formatter(FormatStrFormatter("%g") if short else NullFormatter())
