@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from research import UserError, compute, flash
-from research.bench import plan, throughput
+from research.bench import extrapolation, plan, throughput
 from research.compute import causes, targets
 from research.data.outline import outlined
 from research.models import layers
@@ -133,3 +133,17 @@ def test_what_is_compiled(spread):
     scores = 2 * model.layers * e.batch_size * 256 * 256 * model.width
     assert differences == {causes.AGAIN: scores}
     assert ours.rooflines()[0][1].at_least > 0
+
+
+def test_what_is_extrapolated_has_the_same_model_flops(monkeypatch):
+    if not flash.installed():
+        pytest.skip("nvidia-cudnn-cu13 (extra flash) is not installed")
+    ahead.devices("cuda")  # skips
+    monkeypatch.setattr(extrapolation, "MOST", 16)
+    rows = {
+        kind: plan.compiled(asked(attention=kind, batch_size=32), targets.place("h100:32"))
+        for kind in ("cudnn", "xla")
+    }
+    assert rows["cudnn"].extrapolated == rows["xla"].extrapolated == "h100:16"
+    assert rows["cudnn"].attention == "cuDNN flash"
+    assert rows["cudnn"].model_flops == rows["xla"].model_flops

@@ -43,7 +43,8 @@ class Fewer:
         if self.times == 1:
             return found
         alone = setup.scaled(Parallel(), setup.mesh.devices.reshape(-1)[:1].tolist(), self.times)
-        count = compute.count(alone.step().trace(*alone.abstract_example()))
+        traced = alone.reference() or alone.step().trace(*alone.abstract_example())
+        count = compute.count(traced)
         program = found.program and dataclasses.replace(
             found.program,
             devices=found.program.devices * self.times,
