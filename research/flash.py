@@ -12,6 +12,8 @@ from research import UserError
 
 PACKAGE = "nvidia-cudnn-cu13"
 
+attention = jax.nn.dot_product_attention
+
 
 class Flash(NamedTuple):
     """What `models.layers.attention` computes, of documents that are not packed. Every device works
@@ -56,9 +58,6 @@ class Flash(NamedTuple):
             )(q_BTNh, k_BTKh, v_BTKh)
         except (RuntimeError, NotImplementedError) as error:
             raise UserError(f"attention cudnn: {error}; attention xla has no such limits") from None
-
-
-attention = jax.nn.dot_product_attention
 
 
 def installed() -> bool:

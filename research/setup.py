@@ -137,8 +137,8 @@ class Setup:
     def reference(self) -> Any:
         """The step traced on one device, by XLA's attention, where its mathematics is written
         otherwise; None: it is not."""
-        written = self.mesh.shape["context"] == self.mesh.shape["pipeline"] == 1
-        if written and self.experiment.attention == "xla":
+        spread = not self.mesh.shape["context"] == self.mesh.shape["pipeline"] == 1
+        if not spread and self.experiment.attention == "xla":
             return None
         one = Parallel().mesh(self.batch_size, self.mesh.devices.reshape(-1)[:1].tolist())
         model = nnx.clone(self.model)

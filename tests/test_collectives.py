@@ -376,6 +376,9 @@ def test_a_state_is_made_in_parts(name, target):
     assert share <= memory.outputs <= 2 * share
     assert largest(program.as_text()) <= (max(size for size, _ in parts), "~")
     assert memory.outputs + memory.temporaries < nbytes(setup.abstract)
+    # libtpu 0.0.50, of jax 0.12, holds an LSTM's draws twice.
+    doubled = (name, target) == ("lstm", "tpu") and jax.__version__ >= "0.12"
+    assert memory.temporaries <= share * (2.1 if doubled else 1)
 
 
 @pytest.mark.parametrize("spread", [{"data": 4}, {"fsdp": 4}])

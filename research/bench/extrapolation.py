@@ -36,24 +36,20 @@ class Fewer:
 
     def sizes(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
         """Of the mesh that was asked for."""
-        return {name: n * self._factor(name) for name, n in mesh.shape.items()}
+        return {k: n * self.times if k == self.axis else n for k, n in mesh.shape.items()}
 
     def grown(self, found: Report, setup: Setup) -> Report:
         """What was compiled, of all devices: model FLOPs counted anew, of the whole batch."""
         if self.times == 1:
             return found
         alone = setup.scaled(Parallel(), setup.mesh.devices.reshape(-1)[:1].tolist(), self.times)
-        traced = alone.reference() or alone.step().trace(*alone.abstract_example())
-        count = compute.count(traced)
+        count = compute.count(alone.reference() or alone.step().trace(*alone.abstract_example()))
         program = found.program and dataclasses.replace(
             found.program,
             devices=found.program.devices * self.times,
             collectives=[self._collective(c) for c in found.program.collectives],
         )
         return dataclasses.replace(found, count=count, program=program)
-
-    def _factor(self, axis: str) -> int:
-        return self.times if axis == self.axis else 1
 
     def _collective(self, c: Collective) -> Collective:
         within = c.span is not None and all(level.kind != "network" for level in c.span)

@@ -226,13 +226,17 @@ class Bench:
     def device_name(self) -> str:
         return peaks.name_of(self.device)
 
+    @property
+    def chip(self) -> chips.Chip | None:
+        return chips.match(self.device.device_kind, self.device.platform)
+
     def _energy(self, setup: Setup, step: Any, seconds: float) -> Figure:
         """By counters, or else by the board's power."""
         meter, reason = self.counters
         if meter is not None:
             joules, how = meter.joules_per_step(_lasting(setup, step, seconds))
             return _figure(joules, "measured", how, how)
-        chip = chips.match(self.device.device_kind, self.device.platform)
+        chip = self.chip
         if chip is None or chip.power_watts is None:
             return unavailable(f"{reason}; and no board power is published for this device")
         how = f"board power of {chip.name}, {chip.power_watts:g} W, x step_seconds ({reason})"
@@ -289,10 +293,9 @@ class Bench:
         if self.price is not None:
             how = f"target_seconds at {self.price:g} USD an hour, as given"
             return _figure(self.price * seconds.value / 3600, "estimated", how)
-        chip = chips.match(self.device.device_kind, self.device.platform)
-        if chip is None:
+        if self.chip is None:
             return unavailable("no price was given: --price takes the machine's USD an hour")
-        cost = energy.cost(chip.key, 1, seconds.value)
+        cost = energy.cost(self.chip.key, 1, seconds.value)
         how = "; ".join([f"target_seconds at {cost.money.basis}", *cost.warnings])
         return _figure(cost.money.value, "estimated", how, cost.money.basis)
 

@@ -373,8 +373,8 @@ def _memory(program: compute.Program, target: Any, kind: chips.Chip | None) -> M
 def _attention(found: Report) -> str | None:
     if not any("attention" in name for name in found.count.by_module):
         return None
-    kinds = {product.kind for product in found.program.products} if found.program else set()
-    return "cuDNN flash" if any(k.startswith("__cudnn$fmha") for k in kinds) else "XLA"
+    products = found.program.products if found.program else ()
+    return "cuDNN flash" if any(product.flash for product in products) else "XLA"
 
 
 def tokens(inputs: Any) -> int | None:

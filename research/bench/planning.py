@@ -11,7 +11,7 @@ from typing import Any
 
 from research import UserError
 from research.bench.plan import tokens
-from research.compute import energy, prices, targets
+from research.compute import energy, links, prices, targets
 from research.data.outline import outlined
 from research.experiment import Experiment
 
@@ -216,22 +216,16 @@ def _exchanged(found: Sequence[Json]) -> list[str]:
                 sent.setdefault(key, []).append(c)
     lines = []
     for (target, axes, *_), each in sent.items():
+        moved, messages, seconds = links.together(each)
         longest = max(each, key=lambda c: (c["seconds"] or 0.0, c["bytes"] * c["count"]))
         lines.append(
-            f"{target:16}{axes:>20}{sum(c['bytes'] * c['count'] for c in each) / 1e9:>14.4g}"
-            f"{sum(c['count'] for c in each):>10,}{_shown(_total(each), '.3g'):>10}  "
-            f"{' + '.join(longest['span'] or ('not known',))}"
+            f"{target:16}{axes:>20}{moved / 1e9:>14.4g}{messages:>10,}{_shown(seconds, '.3g'):>10}"
+            f"  {' + '.join(longest['span'] or ('not known',))}"
         )
     head = (
         f"{'target':16}{'sent over':>20}{'GB a device':>14}{'messages':>10}{'step, s':>10}  links"
     )
     return ["", head, *lines] if lines else []
-
-
-def _total(collectives: Sequence[Json]) -> float | None:
-    """Seconds of all of them."""
-    each = [c["seconds"] for c in collectives]
-    return None if None in each else sum(each)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -67,8 +67,8 @@ def executed(count: Count, program: Program) -> list[Difference]:
             unnamed += flops * devices
         else:
             # One of its five products.
-            flash = product.kind.startswith("__cudnn$fmha") and product.kind.endswith("Backward")
-            again[module] += flops // 5 * devices if flash else 0
+            if product.flash and product.kind.endswith("Backward"):
+                again[module] += flops // 5 * devices
             done[phase, module] += flops * devices
             imaginary[module] -= flops * devices * product.dtype.startswith("complex")
     # Of factorisations and callbacks count has no products.

@@ -8,7 +8,7 @@ BlueConnect, 2019). A group is taken to have its links to itself.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -124,6 +124,9 @@ def _reach(span: tuple[Level, ...]) -> list[tuple[bool, int]]:
     return [(kind in sizes, sizes.get(kind, 1)) for kind in ("network", "node", "torus", "chip")]
 
 
+_EXCHANGES = ("all-to-all", "ragged-all-to-all")
+
+
 @dataclasses.dataclass(frozen=True)
 class Links:
     """Bytes/s that one device sends, while it receives as many."""
@@ -150,8 +153,8 @@ class Links:
         span = _span(c)
         if c.kind == "collective-permute":
             # All wait for the messages that have furthest to go, each of which has one way.
-            single = bool(span) and span[-1].kind == "torus" and self.torus
-            return c.bytes / (single or (self.rate(span[-1]) if span else self.every))
+            torus = self.torus if span[-1].kind == "torus" else None
+            return c.bytes / (torus or self.rate(span[-1]))
         if c.kind in _EXCHANGES:
             return sum(self._exchange(level, c.bytes) for level in span)
         seconds, held = 0.0, float(c.bytes)
@@ -192,12 +195,17 @@ def to_json(c: Collective, links: Links | None) -> dict[str, Any]:
     return found | {"span": span, "seconds": None if math.isnan(seconds) else seconds}
 
 
-_EXCHANGES = ("all-to-all", "ragged-all-to-all")
+def together(sent: Sequence[Mapping[str, Any]]) -> tuple[int, int, float | None]:
+    """Bytes, messages and seconds of several, as `to_json` has them; None where one's time is not
+    known."""
+    each = [c["seconds"] for c in sent]
+    moved = sum(c["bytes"] * c["count"] for c in sent)
+    return moved, sum(c["count"] for c in sent), None if None in each else sum(each)
 
 
 def _span(c: Collective) -> tuple[Level, ...]:
-    """Of a group whose devices are not known one level, at which all links serve."""
-    return (Level("node", max(c.group_size, 1)),) if c.span is None else c.span
+    """Of a group whose devices are not known, or of one, a level at which all links serve."""
+    return c.span or (Level("node", max(c.group_size, 1)),)
 
 
 def of_chip(chip: chips.Chip) -> Links | None:

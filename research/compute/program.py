@@ -27,6 +27,7 @@ COLLECTIVES = frozenset(
     "all-reduce all-gather reduce-scatter all-to-all collective-permute ragged-all-to-all "
     "collective-broadcast".split()
 )
+_FLASH = "__cudnn$fmha"
 MASKED = "cuDNN attention: masked parts counted too"
 """Why FLOPs are not exact where cuDNN may leave out as much as half of its attention's."""
 _FREE = frozenset(
@@ -84,6 +85,11 @@ class Product(NamedTuple):
     multiplications and additions of a product."""
     dtype: str
     """Of what is multiplied, and the precision asked for, as count spells them."""
+
+    @property
+    def flash(self) -> bool:
+        """Whether they are cuDNN's attention."""
+        return self.kind.startswith(_FLASH)
 
 
 class Kernel(NamedTuple):
@@ -797,8 +803,7 @@ class _Walk:
         if sent.kind == "collective-permute":
             pairs = itertools.chain.from_iterable(sent.groups)
             sent = sent._replace(groups=list(_connected(list(pairs))))
-        at = {} if self.mesh is None else {d.id: i for i, d in enumerate(self.mesh.devices.flat)}
-        return self.grouped(sent.kind, sent.bytes, sent.groups or [], at)
+        return self.grouped(sent.kind, sent.bytes, sent.groups or [], self.numbers)
 
     def grouped(
         self, kind: str, size: int, groups: list[list[int]], at: Mapping[int, int]
@@ -812,6 +817,11 @@ class _Walk:
             axes = self.axes(self.mesh, placed, whole)
             span = self.wiring.span(placed)
         return Collective(kind, size, max(map(len, groups)), 0, axes, span)
+
+    @functools.cached_property
+    def numbers(self) -> dict[int, int]:
+        """The place in the mesh of each device by its own number."""
+        return {} if self.mesh is None else {d.id: i for i, d in enumerate(self.mesh.devices.flat)}
 
     @functools.cached_property
     def slice(self) -> dict[int, int]:
@@ -1105,7 +1115,7 @@ def _custom(i: Instruction, path: str, operands: list[Shape], result: Shape, tot
         shapes = (operands[0], operands[1], first)
         order = _BACKWARD.get(target, (0, 1, 2))
         flops = _convolution(i, *(shapes[k] for k in order))
-    elif target.startswith("__cudnn$fmha"):
+    elif target.startswith(_FLASH):
         flops = _attention(i, target, operands, total)
     elif target == "__onednn$matmul":
         config = i.config.get("onednn_matmul_config", {})

@@ -357,14 +357,13 @@ def _moved(run: Program, rates: links.Links | None) -> list[str]:
         over = " + ".join(each["span"] or ())
         key = each["kind"], each["axes"], each["group_size"], over
         alike.setdefault(key, []).append(each)
-    sent = {key: sum(c["bytes"] * c["count"] for c in found) for key, found in alike.items()}
-    for key in sorted(alike, key=sent.__getitem__, reverse=True):
+    sums = {key: links.together(sent) for key, sent in alike.items()}
+    for key, (moved, messages, seconds) in sorted(sums.items(), key=lambda s: -s[1][0]):
         kind, axes, group, over = key
         line = f"  {kind} over {'*'.join(axes) if axes else '?'} ({group} devices): "
-        line += f"{_bytes(sent[key])} in {sum(c['count'] for c in alike[key]):,} messages"
-        seconds = [c["seconds"] for c in alike[key]]
-        if over and None not in seconds:
-            line += f", {_time(sum(seconds))} over {over}, estimated"
+        line += f"{_bytes(moved)} in {messages:,} messages"
+        if over and seconds is not None:
+            line += f", {_time(seconds)} over {over}, estimated"
         lines.append(line)
     return lines
 

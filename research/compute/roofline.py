@@ -19,10 +19,11 @@ _ON_CHIP = 256 * 2**20
 """Bytes that may stay on the chip from step to step: MI300X's Infinity Cache, the largest there is
 in chips.toml's chips."""
 
-_KERNEL = (3.4e-6, 1e-6)
-"""On a GPU, of a short kernel in a CUDA graph on a V100, 2.9 us of it its own (NVIDIA, Getting
-Started with CUDA Graphs, 2019, https://developer.nvidia.com/blog/cuda-graphs); on a TPU, whose
-program runs without a host, by assumption."""
+_ON_GPU, _ON_TPU = 3.4e-6, 1e-6
+"""Seconds that a kernel usually takes: of a short one in a CUDA graph on a V100, 2.9 us of it its
+own (NVIDIA, Getting Started with CUDA Graphs, 2019,
+https://developer.nvidia.com/blog/cuda-graphs); on a TPU, whose program runs without a host, by
+assumption."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def of_chip(chip: chips.Chip) -> Rates:
         lambda _: chip.memory_bandwidth,
         links.of_chip(chip),
         _ON_CHIP,
-        _KERNEL[chip.vendor == "Google"],
+        _ON_TPU if chip.vendor == "Google" else _ON_GPU,
     )
 
 
@@ -215,7 +216,7 @@ def _sure(program: Program) -> dict[str, int]:
     found = dict(program.by_dtype)
     if MASKED in program.reasons:
         for product, flops in program.products.items():
-            if product.kind.startswith("__cudnn$fmha"):
+            if product.flash:
                 found[product.dtype] -= flops // 2
     return found
 

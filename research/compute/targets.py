@@ -210,8 +210,7 @@ def place(text: str) -> Place:
     target, sides = TARGETS[kind], found.sides
     each = math.prod(sides)
     if found.slices > 1 and not (isinstance(target, TPU) and each >= _HOST):
-        wanted = f"slices are of TPUs, and of {_HOST} chips or more"
-        raise ValueError(f"{text}: {wanted}")
+        raise ValueError(f"{text}: slices are of TPUs, and of {_HOST} chips or more")
     if len(sides) > 1 and not (isinstance(target, TPU) and len(sides) == target.dimensions):
         wanted = f"{target.dimensions} sides" if isinstance(target, TPU) else "a number of chips"
         raise ValueError(f"{text}: {kind} has {wanted}")
