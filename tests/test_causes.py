@@ -61,6 +61,29 @@ def test_recomputation_that_the_compiler_merged():
     assert len(found) == 2
 
 
+def test_two_products_recomputed_as_one_of_their_names_are_not_merged():
+    """As XLA for CUDA joins a gated layer's two, of jax 0.12."""
+
+    def gated(ws, x):
+        def body(x, w):
+            with jax.named_scope("gate"):
+                gate = jnp.sin(x @ w)
+            with jax.named_scope("up"):
+                up = jnp.sin(x @ w.T)
+            return jnp.tanh(gate * up), None
+
+        return lax.scan(jax.checkpoint(body), x, ws)[0].sum()
+
+    found = compute.report(jax.value_and_grad(gated), f32(6, N, N), SQUARE)
+    expected = {causes.RECOMPUTE: 2 * 6 * ONE}
+    assert {d.cause: d.flops for d in found.differences} == expected
+    products = found.program.products
+    again = {p.path: p for p in products if "rematted" in p.path and products[p] == 6 * ONE}
+    gate, up = (next(p for path, p in again.items() if f"/{n}/" in path) for n in ("gate", "up"))
+    products[up] += products.pop(gate)
+    assert {d.cause: d.flops for d in causes.executed(found.count, found.program)} == expected
+
+
 def test_a_product_of_vectors():
     def last(w, x):
         with jax.named_scope("head"):
