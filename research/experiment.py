@@ -168,9 +168,9 @@ class Experiment:
     init_from: InitFrom = InitFrom()
     precision: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in. Parameters, norms, softmax and the loss are float32 in both."""
-    attention: Literal["xla", "cudnn"] = "xla"
-    """Whose attention Transformers have: XLA's, which writes its scores to memory, or cuDNN's,
-    which does not, on NVIDIA GPUs and in bfloat16."""
+    attention: Literal["xla", "flash"] = "xla"
+    """Transformers': as XLA compiles it, which writes its scores to memory, or by kernels that do
+    not, in bfloat16: cuDNN's on NVIDIA GPUs, JAX's (splash) on TPUs."""
     parallel: Parallel = Parallel()
     ema: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """Decay of a moving average of the parameters, evaluated beside them; None: no average."""

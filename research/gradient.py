@@ -70,7 +70,7 @@ def gradients(setup: "Setup", state: "State", params: Any, batch: Any, key: jax.
 
     summed = functools.partial(accumulated, grad, e.accumulate)
     if axes:
-        rows = setup.batch_size // parallel.copies(setup.mesh) // e.accumulate
+        rows = setup.batch_size // parallel.copies(setup.mesh.shape) // e.accumulate
         summed = apart(summed, setup.mesh, axes, rows)
     (total, metrics), model_state, carry = summed(*given)
     weight = jnp.maximum(metrics["loss"].weight, 1e-9)

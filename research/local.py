@@ -60,7 +60,7 @@ def together(setup: "Setup", state: "State", batch: Any, key: jax.Array) -> Any:
     """
     n, steps = setup.experiment.local.clients, setup.experiment.local.steps
     axes = parallel.row_axes(setup.mesh)
-    here = n // parallel.copies(setup.mesh)
+    here = n // parallel.copies(setup.mesh.shape)
     rows = setup.batch_size // n // steps
     optimizer = setup.experiment.optimizer.make()
     grad: Any = jax.grad(gradient.loss_of(setup, None, weighted=False), has_aux=True)

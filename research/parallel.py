@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -89,25 +89,31 @@ class Parallel:
         """The sizes that were asked for, slow links first."""
         return {k: size for k, size in vars(self).items() if k != "microbatches"}
 
-    def mesh(self, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def mesh(
+        self,
+        batch_size: int,
+        devices: Sequence[jax.Device] | None = None,
+        fits: Callable[[Mapping[str, int]], bool] = lambda sizes: True,
+    ) -> Mesh:
         """The mesh over `devices` (default: all of them).
 
-        Raises UserError where the axes do not multiply to the number of devices, or do not divide
-        the batch.
+        fits: whether a mesh of such sizes suits what it is for. Raises UserError where the axes do
+        not multiply to the number of devices, and names the nearest that do and fit, or do not
+        divide the batch.
         """
         if self.microbatches is not None and self.pipeline == 1:
             raise UserError("parallel.microbatches needs parallel.pipeline of 2 or more stages")
         devices = jax.devices() if devices is None else devices
         sizes = self._sizes(len(devices))
         if math.prod(sizes.values()) != len(devices):
-            near = " or ".join(map(words, self._near(len(devices))))
+            near = " or ".join(map(words, self._near(len(devices), fits)))
             raise UserError(
                 f"parallel: {words(sizes)} = {math.prod(sizes.values())}, "
                 f"and there are {len(devices)} devices; nearest that fit: {near}"
             )
         types = (AxisType.Auto,) * len(sizes)
         mesh = Mesh(_arranged(devices, sizes), tuple(sizes), axis_types=types)
-        check_divides("batch_size", batch_size, copies(mesh))
+        check_divides("batch_size", batch_size, copies(sizes))
         return mesh
 
     def _sizes(self, devices: int) -> dict[str, int]:
@@ -115,19 +121,23 @@ class Parallel:
         others = math.prod(size for size in self.axes.values() if size is not None)
         return {k: max(devices // others, 1) if n is None else n for k, n in self.axes.items()}
 
-    def _near(self, devices: int) -> list[dict[str, int]]:
-        """The two meshes of so many devices that change what was asked for least."""
+    def _near(
+        self, devices: int, fits: Callable[[Mapping[str, int]], bool]
+    ) -> list[dict[str, int]]:
+        """The two meshes of so many devices that change what was asked for least, of those that
+        fit; where none does, of all."""
         asked = {name: size for name, size in self.axes.items() if size is not None}
         names = tuple(self.axes)
 
-        def change(sizes: dict[str, int]) -> tuple[float, int, list[int]]:
+        def change(sizes: dict[str, int]) -> tuple[Any, ...]:
             pairs = [(sizes[name], size) for name, size in asked.items()]
             ratio = math.prod(max(pair) / min(pair) for pair in pairs)
             new = sum(size == 1 < there for there, size in pairs)
             return ratio, new, [sizes[name] for name in reversed(names)]
 
-        found = (dict(zip(names, sizes, strict=True)) for sizes in _factors(devices, len(names)))
-        return sorted(found, key=change)[:2]
+        found = [dict(zip(names, sizes, strict=True)) for sizes in _factors(devices, len(names))]
+        found = sorted(found, key=change)
+        return list(itertools.islice(filter(fits, found), 2)) or found[:2]
 
 
 def _factors(n: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -169,9 +179,9 @@ def words(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in shown.items())
 
 
-def copies(mesh: Mesh) -> int:
-    """The parts that a batch is split into, each with all of a row."""
-    return math.prod(mesh.shape[name] for name in BATCH[0])
+def copies(sizes: Mapping[str, int]) -> int:
+    """The parts that a batch is split into by axes of those sizes, each with all of a row."""
+    return math.prod(sizes[name] for name in BATCH[0])
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from research import UserError
@@ -119,6 +118,9 @@ class Recorder:
         if tracker:
             self._tracked = _Run(tracker, workdir, name, config, quiet)
         self._rows = (workdir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        # Here, for where PyTorch is installed it takes a second to import that.
+        from tensorboardX import SummaryWriter
+
         events = workdir / "tensorboard"
         self._events = SummaryWriter(
             str(events),

@@ -5,7 +5,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,8 +124,8 @@ class Setup:
         first = {k: np.broadcast_to(v[:1], (rows, *v.shape[1:])) for k, v in self.first.items()}
         # What is evaluated is no part of the program.
         e = dataclasses.replace(self.experiment, parallel=over, eval_batch_size=None)
-        mesh = over.mesh(rows, devices)
-        _check_mesh(e, self.model, first["inputs"], rows, mesh)
+        mesh = over.mesh(rows, devices, _fitting(e, self.model, first["inputs"], rows))
+        _check_mesh(e, self.model, first["inputs"], rows, mesh.shape)
         return dataclasses.replace(
             self,
             experiment=e,
@@ -300,9 +300,10 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
         raise UserError(
             f"local.clients {clients} is not data.clients {len(shares)}: every client has one share"
         )
-    mesh = experiment.parallel.mesh(batch_size, devices)
     first = data["train"].batch(0, batch_size, experiment.seed)
     model = nnx.eval_shape(lambda: experiment.model.make(nnx.Rngs(0)))
+    divided = experiment, model, first["inputs"], batch_size
+    mesh = experiment.parallel.mesh(batch_size, devices, _fitting(*divided))
     if experiment.precision != "float32":
         compute_in(model, jnp.dtype(experiment.precision))
     optimizers = {"optimizer": experiment.optimizer}
@@ -318,9 +319,9 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
             f"data gives rows that continue from batch to batch, and {type(model).__name__} keeps "
             f"no state between batches (it has no initial_carry): set {_alone(experiment.data)}"
         )
-    _check_mesh(experiment, model, first["inputs"], batch_size, mesh)
-    if experiment.attention == "cudnn":
-        _flash(experiment, model, mesh, "segments" in first)
+    _check_mesh(*divided, mesh.shape)
+    if experiment.attention == "flash":
+        _flash(experiment, model, mesh)
     if "segments" in first and "segments" not in inspect.signature(model.__call__).parameters:
         raise UserError(
             f"data gives packed rows of several documents, and {type(model).__name__} cannot tell "
@@ -372,13 +373,18 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
 
 
 def _check_mesh(
-    experiment: Experiment, model: Any, inputs: np.ndarray, batch_size: int, mesh: Mesh
+    experiment: Experiment,
+    model: Any,
+    inputs: np.ndarray,
+    batch_size: int,
+    sizes: Mapping[str, int],
 ) -> None:
-    """Raises UserError where the batches, the clients or the model do not divide over the mesh."""
-    copies = parallel.copies(mesh)
+    """Raises UserError where the batches, the clients or the model do not divide over the axes of
+    a mesh."""
+    copies = parallel.copies(sizes)
     parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, copies)
     if heads := _heads(experiment.model):
-        _check_axis("tensor", mesh, *heads)
+        _check_axis("tensor", sizes, *heads)
     parts = experiment.accumulate * copies
     if batch_size % parts:
         raise UserError(
@@ -386,18 +392,35 @@ def _check_mesh(
             f"parts over {copies} devices; "
             f"nearest that does: {parallel.nearest(batch_size, parts)}"
         )
-    _check_local(experiment, batch_size, mesh)
-    if mesh.shape["context"] > 1:
-        _check_context(model, inputs, mesh.shape["context"])
-    if mesh.shape["pipeline"] > 1:
-        _check_pipeline(experiment, model, batch_size, mesh)
+    _check_local(experiment, batch_size, sizes)
+    if sizes["context"] > 1:
+        _check_context(model, inputs, sizes["context"])
+    if sizes["pipeline"] > 1:
+        _check_pipeline(experiment, model, batch_size, sizes)
 
 
-def _check_axis(axis: str, mesh: Mesh, field: str, size: int) -> None:
+def _fitting(
+    experiment: Experiment, model: Any, inputs: np.ndarray, batch_size: int
+) -> Callable[[Mapping[str, int]], bool]:
+    """Whether `_check_mesh` lets a mesh of such sizes pass."""
+
+    def fits(sizes: Mapping[str, int]) -> bool:
+        spread = dataclasses.replace(experiment.parallel, **sizes)
+        e = dataclasses.replace(experiment, parallel=spread)
+        try:
+            _check_mesh(e, model, inputs, batch_size, sizes)
+        except UserError:
+            return False
+        return True
+
+    return fits
+
+
+def _check_axis(axis: str, sizes: Mapping[str, int], field: str, size: int) -> None:
     """Raises UserError where an axis of the mesh does not divide what it is to split."""
-    parts = mesh.shape[axis]
+    parts, devices = sizes[axis], math.prod(sizes.values())
     if size % parts:
-        below = next(n for n in range(parts - 1, 0, -1) if size % n == mesh.size % n == 0)
+        below = next(n for n in range(parts - 1, 0, -1) if size % n == devices % n == 0)
         raise UserError(
             f"{field} {size} does not divide over parallel.{axis} {parts}; nearest that do: "
             f"parallel.{axis} {below}, or {field} {parallel.nearest(size, parts)}"
@@ -412,14 +435,14 @@ def _heads(model: Any) -> tuple[str, int] | None:
     return None
 
 
-def _check_local(experiment: Experiment, batch_size: int, mesh: Mesh) -> None:
-    local, copies = experiment.local, parallel.copies(mesh)
+def _check_local(experiment: Experiment, batch_size: int, sizes: Mapping[str, int]) -> None:
+    local, copies = experiment.local, parallel.copies(sizes)
     if not local.active:
         return
     for axis in ("pipeline", "fsdp", "context", "tensor"):
-        if mesh.shape[axis] > 1:
+        if sizes[axis] > 1:
             raise UserError(
-                f"parallel.{axis} {mesh.shape[axis]}: a device has whole clients (local.clients "
+                f"parallel.{axis} {sizes[axis]}: a device has whole clients (local.clients "
                 f"{local.clients}); spread them over replica and data"
             )
     parallel.check_divides("local.clients", local.clients, copies)
@@ -436,24 +459,24 @@ def _attending(model: nnx.Module) -> list[Any]:
     return [module for _, module in nnx.iter_modules(model) if hasattr(module, "attention_fn")]
 
 
-def _flash(experiment: Experiment, model: Any, mesh: Mesh, packed: bool) -> None:
-    """Puts cuDNN's attention in its place. Raises UserError where it does not compute a model's,
-    and on other devices."""
+def _flash(experiment: Experiment, model: Any, mesh: Mesh) -> None:
+    """Puts the attention of these devices in its place. Raises flash.Unsuited where it does not
+    compute a model's, and where they have none."""
     platform = mesh.devices.flat[0].platform
     reasons = {
         f"{type(model).__name__} has no attention": not _attending(model),
-        f"it is of NVIDIA GPUs, and the devices are {platform}": platform not in ("gpu", "cuda"),
+        f"GPUs and TPUs have it, and the devices are {platform}": platform not in flash.KERNELS,
         "it computes in bfloat16: set precision bfloat16": experiment.precision != "bfloat16",
-        "it cannot tell packed documents apart": packed,
         "with parallel.context a ring is in its place": mesh.shape["context"] > 1,
         "not with parallel.pipeline": mesh.shape["pipeline"] > 1,
         "not with local.clients": experiment.local.active,
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UserError(f"attention cudnn: {reason}")
+            raise flash.Unsuited(reason)
+    kernel = flash.KERNELS[platform]
     for module in _attending(model):
-        module.attention_fn = flash.Flash(mesh, parallel.BATCH[0], module.attention_fn)
+        module.attention_fn = flash.Flash(kernel, mesh, parallel.BATCH[0], module.attention_fn)
 
 
 def _check_context(model: Any, inputs: np.ndarray, size: int) -> None:
@@ -472,11 +495,13 @@ def _check_context(model: Any, inputs: np.ndarray, size: int) -> None:
         )
 
 
-def _check_pipeline(experiment: Experiment, model: Any, batch_size: int, mesh: Mesh) -> None:
-    stages, parts = mesh.shape["pipeline"], experiment.parallel.parts
+def _check_pipeline(
+    experiment: Experiment, model: Any, batch_size: int, sizes: Mapping[str, int]
+) -> None:
+    stages, parts = sizes["pipeline"], experiment.parallel.parts
     asked = f"parallel.pipeline {stages}: "
     for axis in ("context", "tensor"):
-        if mesh.shape[axis] > 1:
+        if sizes[axis] > 1:
             raise UserError(
                 f"{asked}not together with parallel.{axis}; with replica, data and fsdp"
             )
@@ -486,15 +511,15 @@ def _check_pipeline(experiment: Experiment, model: Any, batch_size: int, mesh: M
             f"{type(model).__name__} has none"
         )
     layers = getattr(experiment.model, "layers", stages)
-    _check_axis("pipeline", mesh, "model.layers", layers)
-    least = math.lcm(parts, stages) * parallel.copies(mesh)
-    sizes = {"batch_size": batch_size // experiment.accumulate}
-    sizes |= {"eval_batch_size": experiment.eval_batch_size or batch_size}
-    for field, size in sizes.items():
+    _check_axis("pipeline", sizes, "model.layers", layers)
+    least = math.lcm(parts, stages) * parallel.copies(sizes)
+    rows = {"batch_size": batch_size // experiment.accumulate}
+    rows |= {"eval_batch_size": experiment.eval_batch_size or batch_size}
+    for field, size in rows.items():
         if size % least:
             raise UserError(
                 f"{asked}{field} {size} does not divide into {parts} parallel.microbatches of "
-                f"rows on each of {parallel.copies(mesh)} devices; "
+                f"rows on each of {parallel.copies(sizes)} devices; "
                 f"nearest that does: {parallel.nearest(size, least)}"
             )
 
@@ -510,6 +535,8 @@ def _outputs(setup: Setup) -> jax.ShapeDtypeStruct:
     state = setup.abstract
     try:
         return jax.eval_shape(call, state, setup.first)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         given = setup.first["inputs"]
         reason = str(error).splitlines()[0]

@@ -1,6 +1,9 @@
-"""cuDNN's attention: who may have it, what is compiled, and how devices share it."""
+"""Flash attention: who may have it, what is compiled, and how devices share it."""
 
 import dataclasses
+import functools
+import re
+from importlib import util
 
 import ahead
 import jax
@@ -10,41 +13,91 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from research import UserError, compute, flash
+from research import compute, flash
 from research.bench import extrapolation, plan, throughput
 from research.compute import causes, targets
 from research.data.outline import outlined
 from research.models import layers
+from research.models.encoder import EncoderConfig
 from research.models.transformer import TransformerConfig
 from research.parallel import BATCH, Parallel
 from research.setup import prepare
 
 MODEL = TransformerConfig(vocab=7, context=8, layers=2, heads=4, width=32, scan=True)
+LONG = dataclasses.replace(MODEL, vocab=256, context=256, width=256)
+PLATFORMS = {"cuda": "h100", "tpu": "v5e"}
 
 
 def asked(**fields):
-    given = {"attention": "cudnn", "precision": "bfloat16", "model": MODEL, "batch_size": 16}
+    given = {"attention": "flash", "precision": "bfloat16", "model": MODEL, "batch_size": 16}
     return tiny.transformer(**given | fields)
 
 
+def devices(platform, count=1):
+    """Skips where there is no compiler, or no cuDNN beside it."""
+    found = ahead.devices(platform, count)
+    if platform == "cuda" and util.find_spec("nvidia.cudnn") is None:
+        pytest.skip("nvidia-cudnn-cu13 (extra flash) is not installed")
+    return found
+
+
 @pytest.mark.parametrize(
-    ("e", "count", "message"),
+    ("platform", "e", "count", "message"),
     [
-        (asked(precision="float32"), 1, "it computes in bfloat16: set precision bfloat16"),
-        (tiny.mlp(attention="cudnn", precision="bfloat16"), 1, "MLP has no attention"),
-        (asked(parallel=Parallel(context=2)), 2, "with parallel.context a ring is in its place"),
-        (asked(parallel=Parallel(pipeline=2)), 2, "not with parallel.pipeline"),
-        (tiny.packed(attention="cudnn", precision="bfloat16"), 1, "packed documents apart"),
+        ("cuda", asked(precision="float32"), 1, "it computes in bfloat16: set precision bfloat16"),
+        ("tpu", tiny.mlp(attention="flash", precision="bfloat16"), 1, "MLP has no attention"),
+        ("tpu", asked(parallel=Parallel(context=2)), 2, "context a ring is in its place"),
+        ("cuda", asked(parallel=Parallel(pipeline=2)), 2, "not with parallel.pipeline"),
+        (
+            "cuda",
+            tiny.packed(attention="flash", precision="bfloat16"),
+            1,
+            "cuDNN's cannot tell packed documents, or padding, apart",
+        ),
+        ("tpu", asked(), 1, "TPU's is of rows of a multiple of 128 tokens, these have 8"),
     ],
 )
-def test_where_it_is_not_it_is_refused(e, count, message):
-    with pytest.raises(UserError, match=f"^attention cudnn: .*{message}"):
-        prepare(e, ahead.devices("cuda", count))
+def test_where_it_is_not_it_is_refused(platform, e, count, message):
+    with pytest.raises(flash.Unsuited, match=f"^attention flash: .*{message}"):
+        prepare(e, ahead.devices(platform, count))
 
 
 def test_this_machine_has_none():
-    with pytest.raises(UserError, match="it is of NVIDIA GPUs, and the devices are cpu"):
+    with pytest.raises(flash.Unsuited, match="GPUs and TPUs have it, and the devices are cpu"):
         prepare(asked(), jax.devices()[:1])
+
+
+def random(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def documents(batch, time):
+    """Segments of random lengths, as packed rows have them."""
+    starts = np.random.default_rng(1).random((batch, time)) < 4 / time
+    ids = jnp.asarray(starts.cumsum(axis=1), jnp.int32)
+    return ids, ids
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("time", [128, 384])
+def test_a_tpus_kernel_computes_attention_and_its_gradients(time, causal, packed):
+    """As JAX interprets it; queries share key heads."""
+    given = random((2, time, 4, 64), (2, time, 2, 64), (2, time, 2, 64))
+    (weights,) = random((2, time, 4, 64))
+    segments = documents(2, time) if packed else None
+    kernel = functools.partial(flash.KERNELS["tpu"], interpret=True)
+
+    def found(fn):
+        def loss(*given):
+            y = fn(*given, segments, causal)
+            return (y * weights).sum(), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*given)
+
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(near, found(kernel), found(layers.attention))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -58,92 +111,151 @@ def test_this_machine_has_none():
         ({"replica": 2, "data": 2, "tensor": 2}, ("replica", "data")),
     ],
 )
-def test_devices_share_rows_and_heads(monkeypatch, spread, apart, causal):
-    """By XLA's attention in place of cuDNN's: what each device is given is its own rows and heads,
-    in a program written for all of them and in one that is written for each."""
+@pytest.mark.parametrize("packed", [True, False])
+def test_devices_share_rows_and_heads(spread, apart, causal, packed):
+    """By XLA's attention in place of a kernel's: what each device is given is its own rows and
+    heads, in a program written for all of them and in one that is written for each."""
     parts = []
 
-    def attention(q, k, v, is_causal, implementation):
-        assert implementation == "cudnn"
+    def kernel(q, k, v, segments, causal):
         parts.append(q.shape)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+        return layers.attention(q, k, v, segments, causal)
 
-    monkeypatch.setattr(flash, "attention", attention)
     sizes = {"data": 1} | spread
     count = int(np.prod(list(sizes.values())))
     mesh = Parallel(**sizes).mesh(16, jax.devices()[:count])
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(8, 6, n, 4)), jnp.float32) for n in (4, 2, 2))
-    wanted = layers.attention(q, k, v, causal=causal)
-    fn = flash.Flash(mesh, BATCH[0], layers.attention)
+    q, k, v = random(*((8, 6, n, 4) for n in (4, 2, 2)))
+    segments = documents(8, 6) if packed else None
+    wanted = layers.attention(q, k, v, segments, causal)
+    fn = flash.Flash(kernel, mesh, BATCH[0], layers.attention)
 
-    def run(q, k, v):
-        return fn(q, k, v, causal=causal)
+    def run(*given):
+        return fn(*given, causal)
 
     if apart:
         run = jax.shard_map(
             run, mesh=mesh, in_specs=P(apart), out_specs=P(apart), axis_names={*apart},
             check_vma=False,
         )  # fmt: skip
-    np.testing.assert_allclose(jax.jit(run)(q, k, v), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v, segments), wanted, rtol=1e-5, atol=1e-6)
     rows = 8 // int(np.prod([sizes.get(name, 1) for name in BATCH[0]]))
     assert {*parts} == {(rows, 6, 4 // sizes.get("tensor", 1), 4)}
 
 
-def test_a_plan_says_whose_attention_stood_in(monkeypatch):
-    ahead.devices("cuda")  # skips
-    monkeypatch.setattr(flash, "installed", lambda: False)
-    row = plan.compiled(asked(), targets.place("h100:2"))
+def test_cudnns_is_asked_for(monkeypatch):
+    def library(q, k, v, is_causal, implementation):
+        return q, is_causal, implementation
+
+    monkeypatch.setattr(flash, "library", library)
+    assert flash.KERNELS["cuda"](1, 2, 3, None, True) == (1, True, "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("e", "target", "reason"),
+    [
+        (asked(), "h100:2", r"attention flash: .*nvidia-cudnn-cu13"),
+        (asked(), "v5e:4", "attention flash: TPU's is of rows of a multiple of 128 tokens"),
+        (asked(), "cpu:1", "attention flash: GPUs and TPUs have it, and the devices are cpu"),
+    ],
+)
+def test_a_plan_says_whose_attention_stood_in(e, target, reason, monkeypatch):
+    def none(*_, **__):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(flash, "library", none)
+    place = targets.place(target)
+    if not targets.installed(place.kind):
+        pytest.skip("its compiler is not installed")
+    row = plan.compiled(e, place)
     assert (row.status, row.attention) == ("ok", "XLA")
-    assert row.reason == "attention is XLA's, not cuDNN's: pip install nvidia-cudnn-cu13"
+    assert re.match(f"XLA's stands in: {reason}", row.reason)
 
 
-def test_a_plan_for_another_kind_has_xlas():
-    ahead.devices("tpu")  # skips
-    row = plan.compiled(asked(), targets.place("v5e:4"))
-    assert (row.status, row.attention) == ("ok", "XLA")
-    assert row.reason == "attention is XLA's, not cuDNN's: of NVIDIA GPUs alone"
-
-
-@pytest.mark.parametrize("spread", [{"data": 2}, {"fsdp": 2, "tensor": 2}])
-def test_what_is_compiled(spread):
-    """The same model FLOPs, and every FLOP more accounted for."""
-    if not flash.installed():
-        pytest.skip("nvidia-cudnn-cu13 (extra flash) is not installed")
-    model = dataclasses.replace(MODEL, vocab=256, context=256, width=256)
-    e = dataclasses.replace(
-        throughput.experiment(model, 16), precision="bfloat16", parallel=Parallel(**spread)
-    )
+def both(e, platform, count):
+    """What the ledger says of a step by the kernels and by XLA's attention."""
     found = {}
-    for kind in ("cudnn", "xla"):
-        setup = prepare(
-            outlined(dataclasses.replace(e, attention=kind)),
-            ahead.devices("cuda", 2 * len(spread)),
-        )
+    for kind in ("flash", "xla"):
+        setup = prepare(outlined(dataclasses.replace(e, attention=kind)), devices(platform, count))
         traced = setup.step().trace(*setup.abstract_example())
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+        compiled = ahead.compile(traced, platform)
         found[kind] = compute.report(
             traced, compiled=compiled, mesh=setup.mesh, reference=setup.reference()
         )
-    ours, xla = found["cudnn"], found["xla"]
+    return found["flash"], found["xla"]
+
+
+@pytest.mark.parametrize("spread", [{"data": 2}, {"fsdp": 2, "tensor": 2}])
+def test_what_is_compiled_for_gpus(spread):
+    """The same model FLOPs, and every FLOP more accounted for."""
+    e = throughput.experiment(LONG, 16)
+    e = dataclasses.replace(e, precision="bfloat16", parallel=Parallel(**spread))
+    ours, xla = both(e, "cuda", 2 * len(spread))
     assert ours.count.model_flops == xla.count.model_flops
     assert any(p.kind.startswith("__cudnn$fmha") for p in ours.program.products)
     assert ours.program.memory.temporaries < xla.program.memory.temporaries
-    differences = {d.cause: d.flops for d in ours.differences}
-    scores = 2 * model.layers * e.batch_size * 256 * 256 * model.width
-    assert differences == {causes.AGAIN: scores}
+    scores = 2 * LONG.layers * 16 * 256 * 256 * LONG.width
+    assert {d.cause: d.flops for d in ours.differences} == {causes.AGAIN: scores}
     assert ours.rooflines()[0][1].at_least > 0
 
 
-def test_what_is_extrapolated_has_the_same_model_flops(monkeypatch):
-    if not flash.installed():
-        pytest.skip("nvidia-cudnn-cu13 (extra flash) is not installed")
-    ahead.devices("cuda")  # skips
+@pytest.mark.parametrize(
+    ("spread", "remat"), [({"data": 4}, "none"), ({"fsdp": 2, "tensor": 2}, "full")]
+)
+def test_what_is_compiled_for_tpus(spread, remat):
+    """The same model FLOPs, and every other FLOP accounted for: of blocks of 512 that are masked
+    as a whole none, and in two kernels of the gradient the scores, in one also theirs."""
+    time = 1536
+    model = dataclasses.replace(LONG, context=time, kv_heads=2, remat=remat)
+    e = throughput.experiment(model, 8)
+    e = dataclasses.replace(e, precision="bfloat16", parallel=Parallel(**spread))
+    ours, xla = both(e, "tpu", 4)
+    assert ours.count.model_flops == xla.count.model_flops
+    assert ours.program.exact, (ours.program.reasons, ours.program.unknown)
+    assert ours.program.memory.temporaries < xla.program.memory.temporaries / 2
+    product = 2 * model.layers * 8 * time * time * model.width
+    forward = 2 if remat == "none" else 4
+    found = {d.cause: d.flops for d in ours.differences}
+    # Of 9 blocks 6.
+    assert found.pop(causes.AGAIN) == 3 * product * 6 // 9
+    assert found.pop(causes.SKIPPED) == -(forward + 4) * product * 3 // 9
+    assert {*found} <= {causes.RECOMPUTE}
+    assert ours.rooflines()[0][1].at_least > 0
+
+
+def test_an_encoders_rows_are_told_from_their_padding_on_tpus():
+    model = EncoderConfig(vocab=7, context=128, classes=3, layers=1, heads=4, width=64)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Long(tiny.Sequences):
+        def load(self):
+            return {
+                name: dataclasses.replace(
+                    split,
+                    rows=dict(split.rows, inputs=np.resize(split.rows["inputs"], (85, 128))),
+                )
+                for name, split in super().load().items()
+            }
+
+    e = tiny.mlp(model=model, data=Long(), attention="flash", precision="bfloat16")
+    setup = prepare(e, ahead.devices("tpu"))
+    traced = setup.step().trace(*setup.abstract_example())
+    compiled = ahead.compile(traced, "tpu")
+    found = compute.report(traced, compiled=compiled, mesh=setup.mesh, reference=setup.reference())
+    assert any(p.kind == "splash_fwd" for p in found.program.products)
+    assert found.program.exact, (found.program.reasons, found.program.unknown)
+    assert {d.cause for d in found.differences} <= {causes.AGAIN, causes.REMOVED}
+
+
+@pytest.mark.parametrize(
+    ("platform", "small", "large"),
+    [("cuda", "h100:16", "h100:32"), ("tpu", "v5e:2x2:2", "v5e:2x2:8")],
+)
+def test_what_is_extrapolated_has_the_same_model_flops(platform, small, large, monkeypatch):
+    devices(platform)  # skips
     monkeypatch.setattr(extrapolation, "MOST", 16)
-    rows = {
-        kind: plan.compiled(asked(attention=kind, batch_size=32), targets.place("h100:32"))
-        for kind in ("cudnn", "xla")
-    }
-    assert rows["cudnn"].extrapolated == rows["xla"].extrapolated == "h100:16"
-    assert rows["cudnn"].attention == "cuDNN flash"
-    assert rows["cudnn"].model_flops == rows["xla"].model_flops
+    e = outlined(throughput.experiment(LONG, 32))
+    e = dataclasses.replace(e, precision="bfloat16")
+    place = targets.place(large)
+    row = plan.compiled(dataclasses.replace(e, attention="flash"), place)
+    assert (row.extrapolated, row.attention) == (small, flash.NAMES[platform])
+    assert row.model_flops == plan.compiled(e, place).model_flops

@@ -248,6 +248,26 @@ def test_heads_and_models_that_do_not_divide_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("asked", "e"),
+    [
+        ({"tensor": 3}, tiny.transformer()),  # of 2 heads
+        ({"data": 3, "fsdp": 3}, tiny.transformer(batch_size=4)),
+        ({"data": 5}, tiny.mlp(accumulate=8)),
+        ({"context": 3}, tiny.transformer()),  # of 8 tokens
+        ({"pipeline": 3}, tiny.transformer(batch_size=64)),  # of 2 layers
+    ],
+)
+def test_the_nearest_meshes_suit_the_model_and_the_batch(asked, e):
+    with pytest.raises(UserError, match="and there are 8 devices; nearest that fit: ") as raised:
+        prepare(dataclasses.replace(e, parallel=Parallel(**asked)), jax.devices())
+    named = str(raised.value).partition("nearest that fit: ")[2].split(" or ")
+    for words in named:
+        sizes = dict(part.split(" ") for part in words.split(" x "))
+        spread = Parallel(**{axis: int(size) for axis, size in sizes.items()})
+        assert prepare(dataclasses.replace(e, parallel=spread), jax.devices()).mesh.size == 8
+
+
+@pytest.mark.parametrize(
     ("mesh", "e", "message"),
     [
         (

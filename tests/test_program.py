@@ -784,6 +784,52 @@ def test_cudnn_attention(target, products, mask):
     assert found.exact == (mask == "NO_MASK")
 
 
+# As jax 0.10.2 and libtpu 0.0.42 write the calls: what a kernel says of itself in lines of its own.
+@pytest.mark.parametrize(
+    ("kernel", "suffix", "products", "again"),
+    [
+        ("fwd_residuals", "", 2, 0),
+        ("dq_no_residuals", "_dq", 3, 1),
+        ("dkv_no_residuals", "_dkv", 4, 2),
+    ],
+)
+@pytest.mark.parametrize(
+    ("mask", "scope", "done", "exact"),
+    [
+        ((), "causal", 1, True),
+        (("s32[2048,128]",), "causal", 0.625, True),  # 10 of 16 blocks
+        (("s32[2048,128]", "s32[8,2048]"), "segments", 1, True),
+        (("s32[2048,128]", "s32[8,2048]", "s32[2048,128]"), "causal", 0.625, True),
+        (("s32[2048,128]",), "window", 1, False),
+        (("pred[2,512,512]",), "window", 1, False),
+    ],
+)
+def test_splash_attention(kernel, suffix, products, again, mask, scope, done, exact):
+    name = f"splash_mha_{kernel}"
+    masked = [f"%m{n} = {shape}{{0}} parameter({n + 2})" for n, shape in enumerate(mask)]
+    found = read(
+        body(
+            "%i = s8[1,4,4]{2,1,0} parameter(0)",
+            "%q = bf16[2,4,2048,64]{3,2,1,0} parameter(1)",
+            "%k = bf16[2,2,2048,64]{3,2,1,0} parameter(2)",
+            *masked,
+            "%o = (f32[2,512,128]{2,1,0}, bf16[2,4,2048,64]{3,2,1,0}) custom-call(%i, %i, %q, %k, "
+            f"%k, {', '.join(f'%m{n}' for n in range(len(mask))) or '%k'}), "
+            'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+            rf'"xprof_metadata":"{{\"block_q{suffix}\": 512, \"block_kv{suffix}\": 512, '
+            rf'\"block_kv_compute\": 256}}"'
+            "\n}}, metadata={op_name="
+            f'"jit(f)/jvp(layers)/{scope}/vmap(static_sparsity_splash)/{name}/pallas_call"}}, '
+            'backend_config={"custom_call_config":{"body":"TUzv"}}',
+        )
+    )
+    product = 2 * 2 * 4 * 2048 * 2048 * 64
+    assert found.matmul_flops == products * product * done
+    assert sum(found.skipped.values()) == (products - again) * product * (1 - done)
+    assert {p.dtype for p in found.products} == {"bfloat16"}
+    assert (found.exact, found.unknown) == (exact, {})
+
+
 def test_onednn_calls():
     found = read(
         body(

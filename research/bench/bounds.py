@@ -60,7 +60,7 @@ def _compiled(run: Run) -> plan.Row:
         parallel=Parallel(replica=max(run.replica, 1), fsdp=fsdp),
         accumulate=run.accumulate,
         precision="bfloat16",
-        attention="cudnn",
+        attention="flash",
     )
     return plan.compiled(outlined(e), targets.place(f"{KINDS[run.chip]}:{run.devices}"))
 

@@ -216,9 +216,8 @@ def _neighbours(e: Experiment, devices: int) -> Iterator[dict[str, Any]]:
 def compiled(e: Experiment, where: targets.Place) -> Row:
     """A row for just these settings; where there are too many devices, extrapolated from fewer."""
     target = targets.TARGETS[where.kind]
-    e, stood_in = _attended(e, target)
     few = extrapolation.fewer(e, where)
-    setup = prepare(few.experiment, targets.devices(few.place))
+    setup, stood_in = _prepared(few)
     kind = chips.match(setup.mesh.devices.flat[0].device_kind, target.platform, None)
     traced = setup.step().trace(*setup.abstract_example())
     reference = setup.reference()
@@ -251,21 +250,21 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         tokens=read and read * few.times,
     )
     if refused is not None:
-        return dataclasses.replace(
-            row, status="does not fit", reason="refused by the compiler", memory=refused
-        )
+        if few.times > 1 and refused.qualifier == "exact":
+            refused = dataclasses.replace(refused, qualifier="estimated")
+        reason = "; ".join(filter(None, ["refused by the compiler", stood_in]))
+        return dataclasses.replace(row, status="does not fit", reason=reason, memory=refused)
     assert found.program is not None
     memory = _memory(found.program, target, kind)
     exact = found.program.exact
     if few.times > 1:
         exact, memory = False, dataclasses.replace(memory, qualifier="estimated")
     times, unknown = _times(found, setup)
+    large = "" if memory.over is None else "by the compiler's account of its memory"
     return dataclasses.replace(
         row,
-        status="ok" if memory.over is None else "does not fit",
-        reason="; ".join(filter(None, [stood_in, unknown]))
-        if memory.over is None
-        else "by the compiler's account of its memory",
+        status="does not fit" if large else "ok",
+        reason="; ".join(filter(None, [large, stood_in, unknown])),
         attention=_attention(found),
         flops=found.program.matmul_flops,
         qualifier="exact" if exact else "estimated",
@@ -277,13 +276,14 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
     )
 
 
-def _attended(e: Experiment, target: Any) -> tuple[Experiment, str]:
+def _prepared(few: extrapolation.Fewer) -> tuple[Setup, str]:
     """With attention that the target has, and why it is not the one that was asked for."""
-    there = target.platform == "cuda" and flash.installed()
-    if e.attention == "xla" or there:
-        return e, ""
-    why = f"pip install {flash.PACKAGE}" if target.platform == "cuda" else "of NVIDIA GPUs alone"
-    return dataclasses.replace(e, attention="xla"), f"attention is XLA's, not cuDNN's: {why}"
+    devices = targets.devices(few.place)
+    try:
+        return prepare(few.experiment, devices), ""
+    except flash.Unsuited as error:
+        plain = dataclasses.replace(few.experiment, attention="xla")
+        return prepare(plain, devices), f"XLA's stands in: {error}"
 
 
 def _times(found: Report, setup: Setup) -> tuple[dict[str, Any], str]:
@@ -374,7 +374,8 @@ def _attention(found: Report) -> str | None:
     if not any("attention" in name for name in found.count.by_module):
         return None
     products = found.program.products if found.program else ()
-    return "cuDNN flash" if any(product.flash for product in products) else "XLA"
+    kinds = (product.kind for product in products if product.flash)
+    return next((flash.NAMES["tpu" if "splash" in kind else "cuda"] for kind in kinds), "XLA")
 
 
 def tokens(inputs: Any) -> int | None:

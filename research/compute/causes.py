@@ -10,7 +10,8 @@ from research.compute.program import Program
 
 RECOMPUTE = "recomputation, as written"
 MERGED = "recomputation that the compiler merged with the forward pass"
-AGAIN = "scores of attention, computed again by cuDNN for their gradient"
+AGAIN = "scores of attention, computed again for their gradient and not kept"
+SKIPPED = "masked blocks of attention, left out by its kernel"
 REWRITTEN = "products of vectors, done as multiplications and additions"
 OPAQUE = "inside calls that cannot be read"
 REMOVED = "not executed: dead, constant, computed once for several, or moved out of a loop"
@@ -66,11 +67,14 @@ def executed(count: Count, program: Program) -> list[Difference]:
         elif not product.path:
             unnamed += flops * devices
         else:
-            # One of its five products.
-            if product.flash and product.kind.endswith("Backward"):
-                again[module] += flops // 5 * devices
+            if product.flash:
+                products, twice = product.flash
+                again[module] += flops // products * twice * devices
             done[phase, module] += flops * devices
             imaginary[module] -= flops * devices * product.dtype.startswith("complex")
+    skipped: Counter[str] = Counter()
+    for path, flops in program.skipped.items():
+        skipped[module_of(path)[1]] += flops * devices
     # Of factorisations and callbacks count has no products.
     opaque = {
         module_of(path)[1]
@@ -98,7 +102,8 @@ def executed(count: Count, program: Program) -> list[Difference]:
         )
         book(RECOMPUTE, module, asked["recompute"])
         book(AGAIN, module, again[module])
-        gap = sum(given.values()) - again[module] - sum(asked.values())
+        book(SKIPPED, module, -skipped[module])
+        gap = sum(given.values()) - again[module] + skipped[module] - sum(asked.values())
         if gap >= 0:
             surplus[module] = gap
             times[module] = {_multiple(given[p], asked[p]) for p in given if given[p] or asked[p]}

@@ -161,10 +161,12 @@ def _module(text: str) -> Module:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines without comments; an instruction printed over several (a large literal) as one."""
+    """Lines without comments; an instruction printed over several (a large literal, what a kernel
+    of Pallas says of itself) as one."""
     held = ""
     for line in text.splitlines():
-        starts = line.startswith("}") or not line.startswith((" ", "\t")) or " = " in line
+        inside = line.startswith(('"', "}}"))
+        starts = not inside and (line[:1] not in (" ", "\t", "") or " = " in line)
         if held and starts:
             yield held
             held = ""

@@ -27,9 +27,17 @@ COLLECTIVES = frozenset(
     "all-reduce all-gather reduce-scatter all-to-all collective-permute ragged-all-to-all "
     "collective-broadcast".split()
 )
-_FLASH = "__cudnn$fmha"
-MASKED = "cuDNN attention: masked parts counted too"
-"""Why FLOPs are not exact where cuDNN may leave out as much as half of its attention's."""
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+_FLASH = (
+    (re.compile(r"__cudnn\$fmha\w*Backward"), (5, 1)),
+    (re.compile(r"__cudnn\$fmha"), (2, 0)),
+    (re.compile("splash_fwd"), (2, 0)),
+    (re.compile("splash_dq"), (3, 1)),
+    (re.compile("splash_dkv"), (4, 2)),
+)
+"""Kernels of attention: how many products they make, and how many of these again."""
+MASKED = "flash attention: masked parts counted too"
+"""Why FLOPs are not exact where a kernel may leave out as much as half of its attention's."""
 _FREE = frozenset(
     "tuple get-tuple-element bitcast after-all partition-id replica-id "
     "opt-barrier optimization-barrier domain add-dependency while conditional call async".split()
@@ -87,9 +95,10 @@ class Product(NamedTuple):
     """Of what is multiplied, and the precision asked for, as count spells them."""
 
     @property
-    def flash(self) -> bool:
-        """Whether they are cuDNN's attention."""
-        return self.kind.startswith(_FLASH)
+    def flash(self) -> tuple[int, int] | None:
+        """Of attention whose scores are not kept: how many products they are, and how many of these
+        were there in the forward pass already; None: they are of something else."""
+        return next((found for pattern, found in _FLASH if pattern.match(self.kind)), None)
 
 
 class Kernel(NamedTuple):
@@ -177,6 +186,8 @@ class Program:
     """Paths of convolutions some padding or holes of which it has written out as zeros."""
     ungrouped: set[str] = dataclasses.field(default_factory=set)
     """Paths of convolutions of all channels with all."""
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By path, FLOPs of masked attention that its kernel leaves out, none that it makes again."""
     once: tuple[int, int] = (0, 0)
     """FLOPs of products, and of elementwise operations and reductions, with the body of every
     loop once and custom calls left out: what XLA's cost_analysis counts."""
@@ -281,6 +292,7 @@ def read(text: str, mesh: jax.sharding.Mesh | None = None) -> Program:
     found.products, found.moved, found.opaque = total.products, total.moved, total.opaque
     found.kernels = total.kernels
     found.padded, found.filled, found.ungrouped = total.padded, total.filled, total.ungrouped
+    found.skipped = total.skipped
     found.once = total.products_once, total.elementwise_once
     found.collectives = [dataclasses.replace(c, count=n) for c, n in total.collectives.items()]
     found.unknown, found.reasons = dict(total.unknown), list(total.reasons)
@@ -351,6 +363,7 @@ class _Cost:
     padded: set[str] = dataclasses.field(default_factory=set)
     filled: set[str] = dataclasses.field(default_factory=set)
     ungrouped: set[str] = dataclasses.field(default_factory=set)
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
     reasons: dict[str, None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -408,6 +421,7 @@ class _Cost:
         self.padded |= other.padded
         self.filled |= other.filled
         self.ungrouped |= other.ungrouped
+        _scale(self.skipped, other.skipped, times)
         self.reasons.update(other.reasons)
 
 
@@ -1115,7 +1129,7 @@ def _custom(i: Instruction, path: str, operands: list[Shape], result: Shape, tot
         shapes = (operands[0], operands[1], first)
         order = _BACKWARD.get(target, (0, 1, 2))
         flops = _convolution(i, *(shapes[k] for k in order))
-    elif target.startswith(_FLASH):
+    elif Product(path, target, "").flash:
         flops = _attention(i, target, operands, total)
     elif target == "__onednn$matmul":
         config = i.config.get("onednn_matmul_config", {})
@@ -1123,6 +1137,10 @@ def _custom(i: Instruction, path: str, operands: list[Shape], result: Shape, tot
         flops = 2 * first.size * inner
     elif target == "__onednn$convolution" and "dim_labels" in i.attributes:
         flops = _convolution(i, operands[0], operands[1], first)
+    elif target == "tpu_custom_call" and (kernel := _SPLASH.search(path)):
+        target, given = f"splash_{kernel[1]}", operands
+        operands = [s for s in given if s.dtype in ("bf16", "f32")]
+        flops = _splash(i, Product(path, target, ""), given, operands, result, total)
     elif target == "tpu_custom_call":
         estimate = i.config.get("custom_call_config", {}).get("cost_estimate", {}).get("flops")
         if estimate is not None:
@@ -1137,12 +1155,49 @@ def _custom(i: Instruction, path: str, operands: list[Shape], result: Shape, tot
 
 
 def _attention(i: Instruction, target: str, operands: list[Shape], total: _Cost) -> int | None:
-    """2 products forward; backward 4, and the scores again."""
+    """Of cuDNN."""
     config = i.config.get("cudnn_fmha_backend_config", {})
     dims = config.get("intermediate_tensor_shape", {}).get("dimensions")
     if not dims:
         return None
     if config.get("mask_type", "NO_MASK") != "NO_MASK" or config.get("sliding_window_length"):
         total.reasons[MASKED] = None
-    products = 5 if target.endswith("Backward") else 2
-    return 2 * products * math.prod(int(n) for n in dims) * operands[0].dims[-1]
+    flash = Product("", target, "").flash
+    assert flash is not None
+    return 2 * flash[0] * math.prod(int(n) for n in dims) * operands[0].dims[-1]
+
+
+def _splash(
+    i: Instruction,
+    product: Product,
+    given: list[Shape],
+    operands: list[Shape],
+    result: Shape,
+    total: _Cost,
+) -> int | None:
+    """Of JAX's kernels for TPU, which leave out blocks of scores that are masked as a whole. Their
+    operands are, of the mask, whole numbers; q [.., heads, T, h], k [.., key heads, T, h], and
+    more."""
+    name, flash = product.kind.removeprefix("splash_"), product.flash
+    assert flash is not None
+    suffix = "" if name == "fwd" else f"_{name}"
+    blocks = [re.search(rf'block_{of}{suffix}\\*": (\d+)', i.tail) for of in ("q", "kv")]
+    fused = name == "dkv" and len(result.leaves) > 4  # and gives the queries' gradient too
+    if fused or not all(blocks) or len(operands) < 3:
+        return None
+    queries, keys = operands[0].dims[-2], operands[1].dims[-2]
+    each_q, each_kv = (int(found[1]) for found in blocks if found)
+    across, down = -(-keys // each_kv), -(-queries // each_q)
+    products, again = flash
+    whole = 2 * operands[0].size * keys
+    done = whole
+    # Segments are two of whole numbers; a mask that is no plain one is one more, or is written out.
+    kinds = Counter(s.dtype for s in given)
+    masked = kinds["s32"] % 2 or kinds["pred"]
+    if masked and not places.of_path(product.path).causal:
+        total.reasons[MASKED] = None
+    elif masked:
+        there = sum(min(-(-(n + 1) * each_q // each_kv), across) for n in range(down))
+        done = whole // (across * down) * there
+        total.skipped[product.path] += (products - again) * (whole - done)
+    return products * done
