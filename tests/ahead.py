@@ -1,5 +1,7 @@
 """The compilers for TPU and CUDA, which need no such device, as tests call them."""
 
+import contextlib
+
 import jax
 import pytest
 
@@ -18,11 +20,16 @@ def devices(target, count=4):
 
 
 def compile(traced, target):
-    """With little effort: how a product is scheduled is of no matter here, and XLA for TPU would
-    search for long."""
+    with little_effort(target):
+        return traced.lower(lowering_platforms=(target,)).compile()
+
+
+@contextlib.contextmanager
+def little_effort(target):
+    """How a product is scheduled is of no matter here, and XLA for TPU would search for long."""
     before = jax.config.jax_optimization_level
     jax.config.update("jax_optimization_level", "O1" if target == "tpu" else before)
     try:
-        return traced.lower(lowering_platforms=(target,)).compile()
+        yield
     finally:
         jax.config.update("jax_optimization_level", before)

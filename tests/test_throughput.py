@@ -10,6 +10,7 @@ import pytest
 
 from research.bench import bounds, commands, plan, throughput
 from research.bench.throughput import Run, span
+from research.models.transformer import TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,31 @@ def test_a_published_time_is_above_what_its_step_takes_at_least(monkeypatch):
     assert json.loads(json.dumps(row.to_json(), allow_nan=False))["over_bound"] == row.over
     _, line = bounds.table([row]).splitlines()
     assert line.split()[:4] == ["GPT-2", "124M", "a100:8", "60"]
+
+
+def test_what_a_tpu_recomputes_is_not_in_the_bound(monkeypatch):
+    """Where only parts of a batch fit, with their layers recomputed, the bound is of the products
+    that any program has: by splash attention, of what is not masked in blocks, and scores again."""
+    ahead.devices("tpu")  # skips
+    model = TransformerConfig(
+        vocab=512, context=2048, layers=8, heads=4, width=512, feed_forward=8192, scan=True
+    )
+    run = throughput.Run(
+        model="small", context=2048, chip="tpu-v6e", devices=1, rows=32, tokens="1e4", source=""
+    )
+    monkeypatch.setattr(throughput, "runs", lambda: [run])
+    monkeypatch.setattr(throughput, "model", lambda name, context: model)
+    with ahead.little_effort("tpu"):
+        (row,) = bounds.measure()
+    planned = row.planned
+    assert (planned.status, planned.attention) == ("ok", "splash")
+    scores = 2 * model.layers * 32 * 2048 * 2048 * 512
+    done = planned.model_flops - 6 * scores * 6 // 16 + 3 * scores * 10 // 16  # 10 blocks of 16
+    assert planned.flops - planned.recomputed == done
+    assert planned.recomputed > 0.15 * done
+    assert row.bound == pytest.approx(done / row.run.peak, rel=1e-9)
+    assert row.to_json()["bound"] == row.bound < planned.bounds["at_least"]
+    assert "products" in bounds.table([row])
 
 
 def test_a_step_that_is_refused_has_no_bound():

@@ -73,6 +73,8 @@ class Row:
     model_qualifier: str
     flops: int | None = None
     """Executed by one device."""
+    recomputed: int | None = None
+    """Of these, what its forward pass had done: layers that are recomputed as written."""
     qualifier: str | None = None
     """Of what is executed and exchanged."""
     bytes: int | None = None
@@ -267,6 +269,7 @@ def compiled(e: Experiment, where: targets.Place) -> Row:
         reason="; ".join(filter(None, [large, stood_in, unknown])),
         attention=_attention(found),
         flops=found.program.matmul_flops,
+        recomputed=found.program.recomputed,
         qualifier="exact" if exact else "estimated",
         bytes=found.program.bytes,
         collectives=tuple(links.to_json(c, found.link_rates) for c in found.program.collectives),

@@ -52,6 +52,7 @@ class Run:
     seconds: str | None = None
     batch: int = 0
     rows: int = 0
+    slices: int = 1
     replica: int = 1
     accumulate: int = 1
     mfu: str | None = None

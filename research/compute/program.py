@@ -247,6 +247,15 @@ class Program:
         return self.moved.total()
 
     @property
+    def recomputed(self) -> int:
+        """FLOPs, of matmul_flops, of what the forward pass did before, as it was written."""
+        return sum(
+            flops
+            for product, flops in self.products.items()
+            if places.of_path(product.path).phase == "recompute"
+        )
+
+    @property
     def exact(self) -> bool:
         """Whether matmul_flops and collectives leave nothing out."""
         return not (self.unknown or self.reasons)
