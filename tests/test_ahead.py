@@ -14,6 +14,10 @@ from research.compute import causes
 MOST = 64
 """Rows of a batch: of more of LeNet's, XLA for TPU searches for a minute, whatever it is asked."""
 
+ALIKE = ("cnn_mnist", "lenet_mnist", "lstm_sst2", "mlp_titanic", "resnet_cifar10")
+ALIKE += ("transformer_shakespeare",)
+"""Of the models of other configs, on other data."""
+
 # An output layer of one unit is 3 products of 32 x 32 x 1. XLA for GPU splits some products over
 # the contracted axis, of 400, 120, 84 and 120, and fills it up to what the parts divide.
 ONE_UNIT = {causes.REWRITTEN: -3 * 2 * 32 * 32}
@@ -63,7 +67,7 @@ FILLED_UP |= {("lstm_1b", "cuda"), ("resnet50_imagenet", "cuda")}  # widths of 4
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
 # Of what is planned one does, in bfloat16, scanned and recomputed.
-@pytest.mark.parametrize("path", but(*PLANNED.keys() - {"transformer_1b"}), ids=ids)
+@pytest.mark.parametrize("path", but(*PLANNED.keys() - {"transformer_1b"}, *ALIKE), ids=ids)
 def test_the_compiled_step_does_the_models_products(path, target):
     e = command.load(path)
     e = dataclasses.replace(e, batch_size=min(e.batch_size or MOST, MOST))
