@@ -122,6 +122,17 @@ def test_a_machine_too_noisy_reports_no_time(monkeypatch):
     assert "accuracy >= 1.01 was not met in 25 steps: 0." in row.figures["target_seconds"].how
 
 
+def test_steps_are_timed_again_where_the_machine_was_noisy(monkeypatch):
+    for name, value in {"OTHERS": 1.0, "WARM": 0.0, "RUN": 0.0}.items():
+        monkeypatch.setattr(measuring, name, value)
+    apart = iter([0.5, 0.2, 0.01, 0.01])
+    monkeypatch.setattr(measuring, "spread", lambda times: next(apart))
+    figures = bench().row("mlp", dataclasses.replace(SHORT, steps=25)).figures
+    assert figures["step_seconds"].value > 0
+    assert figures["step_seconds"].how.endswith("; timed 3 times, for it was too noisy before")
+    assert figures["spread"].value == 0.01
+
+
 def test_a_family_that_cannot_be_measured_is_a_row_that_says_why():
     family = dataclasses.replace(SHORT, config="configs/none.py")
     row = bench().row("mlp", family)
