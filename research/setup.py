@@ -126,12 +126,18 @@ class Setup:
         e = dataclasses.replace(self.experiment, parallel=over, eval_batch_size=None)
         mesh = over.mesh(rows, devices, _fitting(e, self.model, first["inputs"], rows))
         _check_mesh(e, self.model, first["inputs"], rows, mesh.shape)
+        model = nnx.clone(self.model)
+        for module in _attending(model):
+            if isinstance(module.attention_fn, flash.Flash):
+                module.attention_fn = module.attention_fn._replace(mesh=mesh)
         return dataclasses.replace(
             self,
             experiment=e,
             mesh=mesh,
             batch_size=rows,
             first=first,
+            model=model,
+            graph=nnx.graphdef(model),
         )
 
     def reference(self) -> Any:

@@ -1,14 +1,17 @@
 """Devices to compile for that are not there, and how a step grows with their number."""
 
+import dataclasses
+
 import ahead
 import jax
 import pytest
 import tiny
 
 from research import UserError
-from research.bench import scaling
+from research.bench import scaling, throughput
 from research.compute import targets
 from research.local import Local
+from research.models.transformer import TransformerConfig
 from research.parallel import Parallel
 from research.setup import prepare
 
@@ -45,6 +48,17 @@ def test_a_devices_work_stays_the_same_and_so_does_what_it_sends(target):
     parameters = sum(x.size for x in jax.tree.leaves(prepare(e, tiny.ONE).abstract.params))
     assert four.kinds == many.kinds
     assert 4 * parameters <= four.sent <= 4 * parameters + 5 * 4
+
+
+def test_devices_share_flash_attention():
+    ahead.devices("tpu")  # skips
+    model = TransformerConfig(vocab=256, context=128, layers=1, heads=2, width=32)
+    e = throughput.experiment(model, 4)
+    e = dataclasses.replace(e, attention="flash", precision="bfloat16")
+    with ahead.little_effort("tpu"):
+        one, four = scaling.measure(e, "v5e", (1, 4), "data")
+    assert one.flops == four.flops
+    assert (one.qualifier, four.kinds.keys()) == ("exact", {"all-reduce"})
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)

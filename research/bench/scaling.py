@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import jax
-
 from research import UserError, compute
 from research.compute import targets
 from research.data.outline import outlined
@@ -52,12 +50,13 @@ def measure(e: Experiment, kind: str, counts: Sequence[int], axis: Axis) -> Iter
         if count % fixed:
             raise UserError(f"--devices {count} does not divide by the other axes' {fixed}")
     alone = dataclasses.replace(e, parallel=Parallel(data=1))
-    base = prepare(outlined(alone), jax.devices()[:1])
+    base: Setup | None = None
     for count in counts:
         try:
             devices = targets.devices(targets.place(f"{kind}:{count}"))
         except ValueError as error:
             raise UserError(f"--devices: {error}") from None
+        base = base or prepare(outlined(alone), devices[:1])
         grown = dataclasses.replace(spread, **{axis: count // fixed})
         yield _row(base.scaled(grown, devices, count // fixed), kind)
 
