@@ -80,7 +80,7 @@ def _splash(
         *(jnp.broadcast_to(s, (batch, time)).astype(jnp.int32) for s in segments)
     )
     q_BNTh, k_BKTh, v_BKTh = (x.swapaxes(1, 2) for x in (q_BTNh * head**-0.5, k_BTKh, v_BTKh))
-    y_BNTh = jax.vmap(kernel)(q_BNTh.astype(k_BKTh.dtype), k_BKTh, v_BKTh, ids)
+    y_BNTh = jax.vmap(kernel)(q_BNTh, k_BKTh, v_BKTh, ids)
     return y_BNTh.swapaxes(1, 2)
 
 

@@ -101,8 +101,6 @@ class Parallel:
         not multiply to the number of devices, and names the nearest that do and fit, or do not
         divide the batch.
         """
-        if self.microbatches is not None and self.pipeline == 1:
-            raise UserError("parallel.microbatches needs parallel.pipeline of 2 or more stages")
         devices = jax.devices() if devices is None else devices
         sizes = self._sizes(len(devices))
         if math.prod(sizes.values()) != len(devices):

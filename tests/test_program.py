@@ -800,8 +800,9 @@ def test_cudnn_attention(target, products, mask):
         (("s32[2048,128]",), "causal", 0.625, True),  # 10 of 16 blocks
         (("s32[2048,128]", "s32[8,2048]"), "segments", 1, True),
         (("s32[2048,128]", "s32[8,2048]", "s32[2048,128]"), "causal", 0.625, True),
+        # A window, or a mask that is written out.
         (("s32[2048,128]",), "window", 1, False),
-        (("pred[2,512,512]",), "window", 1, False),
+        (("s32[1,512,512]",), "causal", 1, False),
     ],
 )
 def test_splash_attention(kernel, suffix, products, again, mask, scope, done, exact):
@@ -828,6 +829,34 @@ def test_splash_attention(kernel, suffix, products, again, mask, scope, done, ex
     assert sum(found.skipped.values()) == (products - again) * product * (1 - done)
     assert {p.dtype for p in found.products} == {"bfloat16"}
     assert (found.exact, found.unknown) == (exact, {})
+
+
+# As a fused kernel of jax 0.10.2 and 0.12 gives them; a value head of its own; a turned layout.
+@pytest.mark.parametrize(
+    ("values", "given", "layout"),
+    [
+        ("bf16[2,2,2048,64]", "f32[2,512,64], bf16[4,2,4,2048,64], bf16[2,2,2048,64]", 1),
+        ("bf16[2,2,2048,64]", "bf16[4,2,4,2048,64], bf16[2,2,2048,64], bf16[2,2,2048,64]", 1),
+        ("bf16[2,2,2048,32]", "bf16[2,2,2048,64], bf16[2,2,2048,64]", 1),
+        ("bf16[2,2,2048,64]", "bf16[2,2,2048,64], bf16[2,2,2048,64]", 2),
+    ],
+)
+def test_other_kernels_of_splash_attention_are_not_known(values, given, layout):
+    found = read(
+        body(
+            "%i = s8[1,4,4]{2,1,0} parameter(0)",
+            "%q = bf16[2,4,2048,64]{3,2,1,0} parameter(1)",
+            "%k = bf16[2,2,2048,64]{3,2,1,0} parameter(2)",
+            f"%v = {values}{{3,2,1,0}} parameter(3)",
+            f"%o = ({given}) custom-call(%i, %i, %q, %k, %v), "
+            'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+            r'"xprof_metadata":"{\"block_q_dkv\": 512, \"block_kv_dkv\": 512, \"k_layout\": '
+            rf'{layout}}}"'
+            '\n},xla_other="1"}, metadata={op_name="jit(f)/causal/splash_mha_dkv/pallas_call"}',
+            "%d = f32[8,8]{1,0} dot(%q, %k)",
+        )
+    )
+    assert (found.unknown, found.exact) == ({"splash_dkv": 1}, False)
 
 
 def test_onednn_calls():

@@ -1,9 +1,9 @@
 """Published times of a step beside the least that it can take: compiled for those accelerators.
 
-Of runs whose source says how the devices share the model. Theirs have flash attention, and so have
-these where it is there. Nothing is recomputed, so that a program does no more than any other would,
-and that it fits is not asked. XLA for TPU compiles what fits alone: there layers are recomputed,
-and the bound is of the products without those.
+Of runs whose source says how the devices share the model, or a log how many rows they have. Theirs
+have flash attention, and so have these where it is there. On GPUs no layer is recomputed, and that
+it fits is not asked. XLA for TPU compiles what fits alone: there layers are recomputed where they
+must, and the bound is of the products that are made for the first time.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Row:
     def bound(self) -> float | None:
         """Seconds; None: the compiler gave no program."""
         row = self.planned
-        if not row.recomputed or not row.flops:
+        if row.qualifier != "exact" or not row.recomputed or not row.flops:
             return row.bounds.get("at_least")
         compute = row.bounds.get("compute")
         return compute and compute * (1 - row.recomputed / row.flops)
@@ -75,7 +75,8 @@ def _compiled(run: Run) -> plan.Row:
     )
     row = plan.compiled(outlined(e), _place(run))
     # Of a device's rows as many at once as fit, the fewer parts the fewer gathers.
-    for parts in (n for n in range(1, run.rows + 1) if run.rows % n == 0):
+    rows = run.rows // run.accumulate
+    for parts in (n for n in range(1, rows + 1) if rows % n == 0):
         if row.bounds:
             break
         less = {"model.remat": "full", "accumulate": run.accumulate * parts}
@@ -94,7 +95,8 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         run, planned, step = row.run, row.planned, row.planned.step_seconds
         line = f"{run.model:14}{planned.target:10}{run.rows:>6}{sum(row.seconds) / 2:>14.4g}"
-        binds = "products" if planned.recomputed else planned.binds or "-"
+        whole = row.bound == planned.bounds.get("at_least")
+        binds = planned.binds or "-" if whole else "products"
         if row.over is None or step is None:
             lines.append(f"{line}  unavailable: {planned.status}, {planned.reason}")
             continue

@@ -87,6 +87,8 @@ class Bench:
             singles = rounds if chunk == 1 else _timed(setup, step, 1, self.seconds / 4, SINGLES)
             apart, taken = spread(rounds), others.share()
             noisy = self.noisy(apart, taken)
+        if noisy:
+            noisy = dataclasses.replace(noisy, how=f"{noisy.how}; timed {tried} times")
         middle = statistics.median(rounds)
         report = report.after(middle)
         how = f"median of {len(rounds)} rounds of {chunk} steps; interval: 95% of its bootstrap"

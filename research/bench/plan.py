@@ -74,7 +74,8 @@ class Row:
     flops: int | None = None
     """Executed by one device."""
     recomputed: int | None = None
-    """Of these, what its forward pass had done: layers that are recomputed as written."""
+    """Of these, what was there before: recomputed layers, and products that flash attention makes
+    again."""
     qualifier: str | None = None
     """Of what is executed and exchanged."""
     bytes: int | None = None

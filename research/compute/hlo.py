@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[({]|[\])}]|,| ', re.DOTALL)
+_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _OPENS = re.compile(r'["\[({]')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"(ENTRY\s+)?%?([^\s(={]+)\s*(\(.*)?\{$")
@@ -161,11 +162,10 @@ def _module(text: str) -> Module:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines without comments; an instruction printed over several (a large literal, what a kernel
-    of Pallas says of itself) as one."""
-    held = ""
+    """Lines without comments; an instruction printed over several (a large literal, or what a
+    kernel of Pallas says of itself) as one."""
+    held, inside = "", False
     for line in text.splitlines():
-        inside = line.startswith(('"', "}}"))
         starts = not inside and (line[:1] not in (" ", "\t", "") or " = " in line)
         if held and starts:
             yield held
@@ -177,6 +177,9 @@ def _lines(text: str) -> Iterator[str]:
             yield line
         else:
             held = f"{held} {line.strip()}" if held else line
+            if inside or line.endswith("kernel_metadata={"):
+                bare = _QUOTED.sub("", held)
+                inside = bare.count("{") > bare.count("}")
     if held:
         yield held
 

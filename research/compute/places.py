@@ -15,7 +15,7 @@ _UNNAMED = frozenset(("", CAUSAL, "checkpoint", _RECOMPUTED))
 """Scopes that are no module; nor are the subscripts by which einsum names its products."""
 _CONTROL = re.compile(
     r"while|body|cond|closed_call|eval_jaxpr|core_call|call|custom_(jvp|vjp)_call\w*|remat2?|"
-    r"shard_map|scan|pallas_call|branch_\d+_fun|static_sparsity_splash|splash_m[hq]a_\w+"
+    r"shard_map|scan|pallas_call|branch_\d+_fun|(static|dynamic)_sparsity_splash|splash_m[hq]a_\w+"
 )
 """What the path of an operation in a compiled program has besides the scopes: names of control
 flow, and those by which JAX's kernels of attention call themselves."""

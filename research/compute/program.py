@@ -38,6 +38,8 @@ _FLASH = (
 """Kernels of attention: how many products they make, and how many of these again."""
 MASKED = "flash attention: masked parts counted too"
 """Why FLOPs are not exact where a kernel may leave out as much as half of its attention's."""
+LEFT_OUT = "flash attention under a mask that is not known: what is left out counted too"
+"""And where it may leave out more."""
 _FREE = frozenset(
     "tuple get-tuple-element bitcast after-all partition-id replica-id "
     "opt-barrier optimization-barrier domain add-dependency while conditional call async".split()
@@ -248,12 +250,18 @@ class Program:
 
     @property
     def recomputed(self) -> int:
-        """FLOPs, of matmul_flops, of what the forward pass did before, as it was written."""
-        return sum(
-            flops
-            for product, flops in self.products.items()
-            if places.of_path(product.path).phase == "recompute"
-        )
+        """FLOPs, of matmul_flops, of what was there before: layers that are recomputed as written,
+        and products that flash attention makes again."""
+        found = 0
+        for product, flops in self.products.items():
+            if product.kind == "multiply":
+                continue
+            if places.of_path(product.path).phase == "recompute":
+                found += flops
+            elif product.flash:
+                products, again = product.flash
+                found += flops // products * again
+        return found
 
     @property
     def exact(self) -> bool:
@@ -1147,9 +1155,9 @@ def _custom(i: Instruction, path: str, operands: list[Shape], result: Shape, tot
     elif target == "__onednn$convolution" and "dim_labels" in i.attributes:
         flops = _convolution(i, operands[0], operands[1], first)
     elif target == "tpu_custom_call" and (kernel := _SPLASH.search(path)):
-        target, given = f"splash_{kernel[1]}", operands
-        operands = [s for s in given if s.dtype in ("bf16", "f32")]
-        flops = _splash(i, Product(path, target, ""), given, operands, result, total)
+        target = f"splash_{kernel[1]}"
+        flops = _splash(i, Product(path, target, ""), operands, result, total)
+        operands = [s for s in operands if s.dtype in ("bf16", "f32")]
     elif target == "tpu_custom_call":
         estimate = i.config.get("custom_call_config", {}).get("cost_estimate", {}).get("flops")
         if estimate is not None:
@@ -1169,7 +1177,9 @@ def _attention(i: Instruction, target: str, operands: list[Shape], total: _Cost)
     dims = config.get("intermediate_tensor_shape", {}).get("dimensions")
     if not dims:
         return None
-    if config.get("mask_type", "NO_MASK") != "NO_MASK" or config.get("sliding_window_length"):
+    if config.get("sliding_window_length"):
+        total.reasons[LEFT_OUT] = None
+    elif config.get("mask_type", "NO_MASK") != "NO_MASK":
         total.reasons[MASKED] = None
     flash = Product("", target, "").flash
     assert flash is not None
@@ -1177,35 +1187,45 @@ def _attention(i: Instruction, target: str, operands: list[Shape], total: _Cost)
 
 
 def _splash(
-    i: Instruction,
-    product: Product,
-    given: list[Shape],
-    operands: list[Shape],
-    result: Shape,
-    total: _Cost,
+    i: Instruction, product: Product, operands: list[Shape], result: Shape, total: _Cost
 ) -> int | None:
-    """Of JAX's kernels for TPU, which leave out blocks of scores that are masked as a whole. Their
-    operands are, of the mask, whole numbers; q [.., heads, T, h], k [.., key heads, T, h], and
-    more."""
+    """Of JAX's kernels for TPU, which leave out blocks of scores that are masked as a whole.
+
+    Operands: of the mask, whole numbers; q [.., heads, T, h], k [.., key heads, T, h], v, and more.
+    All are taken for products of what q is: weights of scores are widened to float32 on the chip,
+    where by default it multiplies bfloat16.
+    """
     name, flash = product.kind.removeprefix("splash_"), product.flash
     assert flash is not None
     suffix = "" if name == "fwd" else f"_{name}"
     blocks = [re.search(rf'block_{of}{suffix}\\*": (\d+)', i.tail) for of in ("q", "kv")]
-    fused = name == "dkv" and len(result.leaves) > 4  # and gives the queries' gradient too
-    if fused or not all(blocks) or len(operands) < 3:
+    turned = re.search(r'[qkv]_layout\\*": [^1]', i.tail)
+    arrays = [s for s in operands if s.dtype in ("bf16", "f32")]
+    if turned or not all(blocks) or len(arrays) < 3:
         return None
-    queries, keys = operands[0].dims[-2], operands[1].dims[-2]
-    each_q, each_kv = (int(found[1]) for found in blocks if found)
-    across, down = -(-keys // each_kv), -(-queries // each_q)
+    q, k, v = arrays[:3]
+    # A kernel that gives the gradient of q too, in parts to add up, makes other products.
+    parts = any(len(s.dims) > len(q.dims) for s in result.leaves)
+    if parts or q.dims[-1] != v.dims[-1]:
+        return None
+    down, across = (
+        -(-s.dims[-2] // int(found[1])) for s, found in zip((q, k), blocks, strict=True) if found
+    )
     products, again = flash
-    whole = 2 * operands[0].size * keys
-    done = whole
-    # Segments are two of whole numbers; a mask that is no plain one is one more, or is written out.
-    kinds = Counter(s.dtype for s in given)
-    masked = kinds["s32"] % 2 or kinds["pred"]
-    if masked and not places.of_path(product.path).causal:
-        total.reasons[MASKED] = None
+    whole = done = 2 * q.size * k.dims[-2]
+    # Of what blocks to do, and of which documents queries and keys are: two arrays each. One more
+    # is of where queries are, by which a causal mask is made; what blocks a mask leaves out that
+    # is none of these is not known. (One that is cut along blocks looks like none.)
+    whole_numbers = [s.dims for s in operands if s.dtype in ("s8", "s16", "s32")]
+    rows = [d for d in whole_numbers if d[-1] in (128, q.dims[-2], k.dims[-2]) and len(d) > 1]
+    grid = [d for d in whole_numbers if d[-2:] in ((down, across), (across, down))]
+    rows = [d for d in rows if d not in grid]
+    masked = len(rows) % 2 == 1
+    plain = len(grid) == 2 and len(grid) + len(rows) == len(whole_numbers)
+    if not plain or (masked and not places.of_path(product.path).causal):
+        total.reasons[LEFT_OUT] = None
     elif masked:
+        each_q, each_kv = (int(found[1]) for found in blocks if found)
         there = sum(min(-(-(n + 1) * each_q // each_kv), across) for n in range(down))
         done = whole // (across * down) * there
         total.skipped[product.path] += (products - again) * (whole - done)
