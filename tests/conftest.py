@@ -6,14 +6,15 @@ import os
 import pathlib
 import sys
 
-# Most of the time goes into compiling programs that run for a moment: LLVM is asked for little, and
-# jax 0.10, the last that can be, for the fusions of XLA that compile in half the time. Scripts that
-# tests start as a user does are compiled as a user's are.
+# Most of the time goes into compiling programs that run for a moment: LLVM is asked for little, in
+# one piece, and jax 0.10, the last that can be, for the fusions of XLA that compile in half the
+# time. Scripts that tests start as a user does are compiled as a user's are.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jaxlib") < "0.11"),
     ]
 )

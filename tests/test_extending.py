@@ -30,8 +30,7 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 
 
 def shell(line, folder):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"ERGON": str(ROOT), "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": tiny.flags(), "ERGON": str(ROOT), "PYTHONPATH": str(ROOT)}
     # What one of them compiled, the next need not.
     env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

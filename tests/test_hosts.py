@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import several
+import tiny
 import yaml
 from jax._src import clusters, distributed
 
@@ -47,7 +48,7 @@ def start(tmp_path_factory):
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "ERGON_HOSTS_SECONDS": str(seconds),
         }
-        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | told
+        env = os.environ | {"XLA_FLAGS": tiny.flags()} | told
         ours = [
             subprocess.Popen(
                 [sys.executable, *map(str, command)],

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from research import UserError, parallel
@@ -300,7 +301,7 @@ def by_processes(processes):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     paths = os.pathsep.join(["tests", str(pathlib.Path.cwd())])
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": paths}
+    environment = os.environ | {"XLA_FLAGS": tiny.flags(), "PYTHONPATH": paths}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(port), str(processes), str(i)],

@@ -11,13 +11,14 @@ import time
 
 import benchmarks
 import pytest
+import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 MLP = ["configs/mlp_cancer.py", "--steps", "60", "--log_every", "20"]
 
 
 def script(name, *args):
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"XLA_FLAGS": tiny.flags()}
     command = [sys.executable, f"scripts/{name}.py", *map(str, args)]
     return subprocess.run(
         command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
@@ -206,7 +207,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(trained, tmp_path):
     workdir = tmp_path / "run"
     whole = [*MLP[:1], "--steps", "4000", "--log_every", "10", "--workdir"]
     command = [sys.executable, "scripts/train.py", *whole, str(workdir)]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": tiny.flags(), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     while "step" not in process.stdout.readline():
         time.sleep(0.01)

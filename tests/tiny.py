@@ -1,6 +1,7 @@
 """Experiments that train in a second, for the tests."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,11 @@ def final_state(experiment, workdir, devices=ONE):
     train(setup, workdir, quiet=True)
     _, state = checkpoint.read(workdir / "checkpoints", None, setup.abstract, setup.shardings)
     return jax.device_get(state)
+
+
+def flags():
+    """XLA's of this process but for its eight devices, for processes that have their own."""
+    return " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)
 
 
 def rows(workdir):
