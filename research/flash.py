@@ -20,8 +20,8 @@ from research import UserError
 
 PACKAGE = "nvidia-cudnn-cu13"
 
-NAMES = {"cuda": "cuDNN flash", "gpu": "cuDNN flash", "tpu": "splash"}
-"""By the platforms that have one."""
+NAMES = {"cuda": "cuDNN flash", "tpu": "splash"}
+"""By the platforms that programs are compiled for."""
 
 BLOCKS = (512, 256, 128)
 """Queries, and keys, that a TPU's kernel takes at once: the first that divides a row."""

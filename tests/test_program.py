@@ -803,6 +803,7 @@ def test_cudnn_attention(target, products, mask):
         # A window, or a mask that is written out.
         (("s32[2048,128]",), "window", 1, False),
         (("s32[1,512,512]",), "causal", 1, False),
+        (("s32[6,128,128]",), "causal", 1, False),
     ],
 )
 def test_splash_attention(kernel, suffix, products, again, mask, scope, done, exact):

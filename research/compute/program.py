@@ -1208,24 +1208,22 @@ def _splash(
     parts = any(len(s.dims) > len(q.dims) for s in result.leaves)
     if parts or q.dims[-1] != v.dims[-1]:
         return None
-    down, across = (
-        -(-s.dims[-2] // int(found[1])) for s, found in zip((q, k), blocks, strict=True) if found
-    )
+    queries, keys = q.dims[-2], k.dims[-2]
+    each_q, each_kv = (int(found[1]) for found in blocks if found)
+    down, across = -(-queries // each_q), -(-keys // each_kv)
     products, again = flash
-    whole = done = 2 * q.size * k.dims[-2]
+    whole = done = 2 * q.size * keys
     # Of what blocks to do, and of which documents queries and keys are: two arrays each. One more
     # is of where queries are, by which a causal mask is made; what blocks a mask leaves out that
     # is none of these is not known. (One that is cut along blocks looks like none.)
-    whole_numbers = [s.dims for s in operands if s.dtype in ("s8", "s16", "s32")]
-    rows = [d for d in whole_numbers if d[-1] in (128, q.dims[-2], k.dims[-2]) and len(d) > 1]
-    grid = [d for d in whole_numbers if d[-2:] in ((down, across), (across, down))]
-    rows = [d for d in rows if d not in grid]
-    masked = len(rows) % 2 == 1
-    plain = len(grid) == 2 and len(grid) + len(rows) == len(whole_numbers)
+    told = [s.dims[-2:] for s in operands if s.dtype in ("s8", "s16", "s32")]
+    rest = [dims for dims in told if dims not in ((down, across), (across, down))]
+    rows = {(queries, 128), (keys, 128), (8, queries), (8, keys)}
+    masked = len(rest) % 2 == 1
+    plain = len(told) - len(rest) == 2 and rows.issuperset(rest)
     if not plain or (masked and not places.of_path(product.path).causal):
         total.reasons[LEFT_OUT] = None
     elif masked:
-        each_q, each_kv = (int(found[1]) for found in blocks if found)
         there = sum(min(-(-(n + 1) * each_q // each_kv), across) for n in range(down))
         done = whole // (across * down) * there
         total.skipped[product.path] += (products - again) * (whole - done)
